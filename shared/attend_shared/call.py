@@ -1,0 +1,570 @@
+"""The door: every argument of `attend` is checked here, once, and becomes one canonical form.
+
+Behind the door there are two things. `Call` says everything about a call that is not data: shapes, dtypes, the
+options. It is hashable, so it is a static argument of a JAX jit and all that an implementation may look at before it
+serves or refuses. `Arrays` carries the data. Nothing here reads an array's contents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+DTYPES = ("float16", "bfloat16", "float32", "float64")
+NAMES = ("sdpa", "cudnn", "xla", "einsum")  # of the implementations of either framework
+LAYOUTS = ("bhnd", "bnhd")
+LAYOUT_NAMES = 'one of "bhnd", "bnhd"'
+LAYOUT_ADVICE = "bhnd is (batch, heads, length, head size), bnhd is (batch, length, heads, head size)."
+FAR = 2**30  # a distance between positions that no array reaches; bounds beyond it are no bounds in 32-bit indices
+
+
+_new = tuple.__new__  # what a NamedTuple's own constructor calls, at half the cost; the door is paid on every call
+
+
+class Framework(NamedTuple):
+    """What the door must know of a framework, so that it needs to import none.
+
+    Args:
+        name: "torch" or "jax".
+        arrays: the type, or types, of this framework's arrays.
+        dtype: an array's dtype by its plain name, for example "bfloat16".
+        device: an array's device, to be compared and shown, or None where it has no say in where the call runs.
+        platform: where a call on this query runs: "cpu", "cuda", "tpu" or "meta".
+        has_float64: whether float64 arrays stay float64 here (JAX: only with x64).
+        wants_gradient: whether a gradient may be asked of an array (JAX cannot know: always True).
+        takes_int64_seed: whether an int64 scalar array is a dropout_seed here.
+    """
+
+    name: str
+    arrays: type | tuple[type, ...]
+    dtype: Callable[[Any], str]
+    device: Callable[[Any], Any]
+    platform: Callable[[Any], str]
+    has_float64: Callable[[], bool]
+    wants_gradient: Callable[[Any], bool]
+    takes_int64_seed: bool
+
+
+class Call(NamedTuple):
+    """Everything about a call that is not data, in one canonical form.
+
+    Letters: b batch, h query heads, hk key/value heads, i query length, j key length, d head size, dv value head size.
+
+    Attributes:
+        framework, platform: "torch" or "jax", and where it runs.
+        dtype: of q, k, v and out.
+        b, h, hk, i, j, d, dv: the sizes.
+        layout: the caller's layout; `Arrays` is (b h n d) whatever it is.
+        mask: the rank-4 shape of the mask against (b, h, i, j), or None. A rank-2 key mask counts as (b, 1, 1, j).
+        bias, bias_dtype: the same for the bias, with its dtype.
+        left, right: key j is allowed for query t where t + offset - left <= j <= t + offset + right; None is no bound.
+            is_causal is right = 0. A bound that can exclude nothing, as far as the offset is known, is None.
+        offset: "zero", "end" (kv_len - q_len), or "data": then it is `Arrays.q_offset`.
+        segments, q_lengths, kv_lengths: whether they are given.
+        sinks: their dtype, or None.
+        softcap, scale, dropout: floats; softcap None is off.
+        return_lse: whether lse is wanted.
+        bias_gradient: whether a gradient may be asked of the bias.
+        flash: None, or True where an array of q_len x kv_len is not allowed.
+        names: the implementations that were asked for, or None for a choice.
+    """
+
+    framework: str
+    platform: str
+    dtype: str
+    b: int
+    h: int
+    hk: int
+    i: int
+    j: int
+    d: int
+    dv: int
+    layout: str
+    mask: tuple[int, ...] | None
+    bias: tuple[int, ...] | None
+    bias_dtype: str | None
+    left: int | None
+    right: int | None
+    offset: str
+    segments: bool
+    q_lengths: bool
+    kv_lengths: bool
+    sinks: str | None
+    softcap: float | None
+    scale: float
+    dropout: float
+    return_lse: bool
+    bias_gradient: bool
+    flash: bool | None
+    names: tuple[str, ...] | None
+
+    @property
+    def accumulation(self) -> str:
+        """The dtype in which logits, softmax, lse and sums are kept."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def positional(self) -> bool:
+        """Whether positions rule anything out."""
+        return self.left is not None or self.right is not None
+
+    @property
+    def masked(self) -> bool:
+        """Whether anything at all may be ruled out, but for a bias of -inf."""
+        return self.mask is not None or self.positional or self.segments or self.q_lengths or self.kv_lengths
+
+    @property
+    def key_masked(self) -> bool:
+        """Whether the mask excludes keys for whole batch items: its head and query axes are both 1."""
+        return self.mask is not None and self.mask[1] == 1 and self.mask[2] == 1
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no logit to compute."""
+        return self.b == 0 or self.i == 0 or self.j == 0
+
+
+class Arrays(NamedTuple):
+    """The data of a call. Behind the door: (b h n d), masks and biases of rank 4, both segment ids or none.
+
+    Attributes:
+        q, k, v: (b h i d), (b hk j d), (b hk j dv).
+        mask: bool, rank 4, or None. bias: rank 4, or None.
+        q_offset: None, a Python int, or an integer array () or (b,).
+        q_segment_ids, kv_segment_ids: integers (b i) and (b j), or None.
+        q_lengths, kv_lengths: integers (b,), or None.
+        sinks: (h,), or None.
+        dropout_seed: the key of the random numbers, as the framework carries it, or None.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    mask: Any = None
+    bias: Any = None
+    q_offset: Any = None
+    q_segment_ids: Any = None
+    kv_segment_ids: Any = None
+    q_lengths: Any = None
+    kv_lengths: Any = None
+    sinks: Any = None
+    dropout_seed: Any = None
+
+
+def describe(value: Any) -> str:
+    """A value in words that do not depend on the framework: dtypes without prefix, shapes as tuples.
+
+    Example:
+        >>> describe(np.zeros((2, 3), np.float32)), describe(3), describe("x"), describe(None)
+        ('float32 of shape (2, 3)', 'int 3', "str 'x'", 'None')
+    """
+    if value is None:
+        return "None"
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
+        return f"{str(getattr(value.dtype, 'name', value.dtype)).removeprefix('torch.')} of shape {_shape(value)}"
+    kind = type(value).__name__
+    if isinstance(value, np.generic):
+        return f"{kind} {value.item()!r}"
+    if isinstance(value, (bool, int, float, complex, str)):
+        return f"{kind} {value!r}"
+    if isinstance(value, (tuple, list)):
+        items = [describe(item) for item in value[:4]] + ["..."] * (len(value) > 4)
+        return f"{kind} ({', '.join(items)})"
+    return kind
+
+
+def check(
+    framework: Framework,
+    arrays: Arrays,
+    is_causal: Any,
+    window_size: Any,
+    softcap: Any,
+    scale: Any,
+    dropout: Any,
+    return_lse: Any,
+    layout: Any,
+    implementation: Any,
+    flash: bool | None = None,
+) -> Call:
+    """Check the arguments of `attend` in one fixed order and say what they mean.
+
+    Args:
+        framework: how this framework's arrays are looked at.
+        arrays: the data as the caller passed it.
+        is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation: as in `attend`.
+        flash: as in `Attend`; False is the implementation "einsum".
+
+    Returns:
+        The call; `canonical` gives the data its form.
+
+    Raises:
+        TypeError, ValueError: a wrong argument, with its name, what was expected, what came and what to try.
+    """
+    q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, seed = arrays
+    if layout != "bhnd" and not (isinstance(layout, str) and layout in LAYOUTS):
+        raise _wrong(ValueError, "layout", LAYOUT_NAMES, layout, LAYOUT_ADVICE)
+    b, h, hk, i, j, d, dv = _sizes(framework, q, k, v, layout)
+    dtype = _qkv_dtype(framework, q, k, v)
+
+    is_causal, left, right, softcap, scale, dropout = _options(is_causal, window_size, softcap, scale, dropout)
+    windowed = left is not None or right is not None
+    if is_causal:
+        right = 0 if right is None else min(right, 0)
+    scale = d**-0.5 if scale is None else scale
+    if return_lse is not True and return_lse is not False and not isinstance(return_lse, np.bool_):
+        raise _static("return_lse", "a bool", return_lse, "It decides what is returned, so it cannot be data.")
+    names = None if implementation is None and flash is None else _names(implementation, flash)
+
+    if mask is not None:
+        mask = _mask_shape(framework, mask, b, h, i, j)
+    bias_dtype = None
+    if bias is not None:
+        bias_dtype = _float_array(framework, "bias", bias)
+        bias = _rank4("bias", bias, b, h, i, j)
+    offset = "zero"
+    if q_offset is not None:
+        offset, left, right = _offset(framework, q_offset, b, i, j, left, right)
+    elif i != j and (is_causal or windowed):
+        raise _wrong(
+            ValueError, "q_offset", f"a value, since {i} queries against {j} keys can be aligned in two ways", None,
+            f"Pass q_offset=0 (query t sits at key t, as in torch SDPA and jax.nn) or q_offset=kv_len - q_len, here {j - i} "
+            "(the last query sits at the last key, as in flash-attn and cached decoding).")  # fmt: skip
+    segments = False
+    if q_segment_ids is not None or kv_segment_ids is not None:
+        segments = _segments(framework, q_segment_ids, kv_segment_ids, b, i, j)
+    if q_lengths is not None:
+        _integers(framework, "q_lengths", q_lengths, ((b,),), "(b,)", "One length for each batch item.")
+    if kv_lengths is not None:
+        _integers(framework, "kv_lengths", kv_lengths, ((b,),), "(b,)", "One length for each batch item.")
+    sinks_dtype = None
+    if sinks is not None:
+        sinks_dtype = _float_array(framework, "sinks", sinks)
+        if _shape(sinks) != (h,):
+            raise _wrong(ValueError, "sinks", f"shape (h,) = ({h},)", sinks, "One extra logit for each query head.")
+    if seed is not None:
+        _seed(framework, seed)
+    elif dropout > 0:
+        raise _wrong(ValueError, "dropout_seed", "an int in [0, 2**64) or a uint32 array (2,) where dropout > 0", None,
+                     "Pass a fresh seed for each step, or dropout=0 for none.")  # fmt: skip
+    extras = mask is not None or bias is not None or q_offset is not None or segments or sinks is not None or seed is not None
+    extras = extras or q_lengths is not None or kv_lengths is not None
+    home = framework.device(q)
+    if extras or not (framework.device(k) == framework.device(v) == home):
+        _same_device(framework, arrays, home)
+
+    return _new(Call, (
+        framework.name, framework.platform(q), dtype, b, h, hk, i, j, d, dv, layout, mask, bias, bias_dtype,
+        left, right, offset if left is not None or right is not None else "zero", segments,
+        q_lengths is not None, kv_lengths is not None, sinks_dtype, softcap, scale, dropout, bool(return_lse),
+        bias is not None and framework.wants_gradient(arrays.bias), flash or None, names,
+    ))  # fmt: skip
+
+
+def check_module(
+    dropout: Any, flash: Any, scale: Any, is_causal: Any, window_size: Any, softcap: Any, layout: Any,
+    implementation: Any,
+) -> tuple[tuple[int | None, int | None] | None, tuple[str, ...] | str | None]:  # fmt: skip
+    """Check what `Attend` is made with, when it is made, by the same rules and in the same words as `attend`.
+
+    Returns:
+        window_size and implementation, lists turned into tuples.
+
+    Raises:
+        TypeError, ValueError: a wrong argument.
+    """
+    if not (isinstance(layout, str) and layout in LAYOUTS):
+        raise _wrong(ValueError, "layout", LAYOUT_NAMES, layout, LAYOUT_ADVICE)
+    _options(is_causal, window_size, softcap, scale, dropout)
+    if flash is not None and flash is not True and flash is not False:
+        raise _wrong(TypeError, "flash", "None, True or False", flash, "None chooses, True allows no q_len x kv_len array, False is einsum.")
+    if flash is not None and implementation is not None:
+        raise _wrong(ValueError, "implementation", "None where flash is given", implementation,
+                     "flash says what the implementation may do, implementation says which it is: pass one of them.")  # fmt: skip
+    names = _names(implementation, None)
+    window = None if window_size is None else (window_size[0], window_size[1])
+    return window, implementation if isinstance(implementation, str) else names
+
+
+def _options(
+    is_causal: Any, window_size: Any, softcap: Any, scale: Any, dropout: Any
+) -> tuple[bool, int | None, int | None, float | None, float | None, float]:
+    """The options that decide about numbers: is_causal, left, right, softcap, scale, dropout."""
+    if is_causal is not True and is_causal is not False and not isinstance(is_causal, np.bool_):
+        raise _static("is_causal", "a bool", is_causal, "Pass a causal mask that depends on data as mask=.")
+    left, right = (None, None) if window_size is None else _window(window_size)
+    if scale is not None:
+        scale = _number("scale", scale, "Pass None for d ** -0.5; a learned or per-head scale multiplies q.")
+    if softcap is not None:
+        softcap = _number("softcap", softcap, "Pass None for no softcap.")
+        if not softcap > 0:
+            raise _wrong(ValueError, "softcap", "a number > 0", softcap, "Pass None for no softcap.")
+    if dropout.__class__ is not float or dropout:
+        dropout = _number("dropout", dropout, "Pass 0 for no dropout.")
+        if not 0 <= dropout < 1:
+            raise _wrong(ValueError, "dropout", "a probability in [0, 1)", dropout, "Pass 0 for no dropout.")
+    return bool(is_causal), left, right, softcap, scale, dropout
+
+
+def canonical(call: Call, arrays: Arrays) -> Arrays:
+    """Give the data its one form: (b h n d), rank-4 mask and bias, both segment ids, and nothing that has no effect.
+
+    Written with indexing and `swapaxes`, which NumPy, torch and JAX arrays share; every step is a view.
+    """
+    changes: dict[str, Any] = {}
+    if call.layout == "bnhd":
+        changes = {name: getattr(arrays, name).swapaxes(1, 2) for name in ("q", "k", "v")}
+    if call.mask is not None and len(arrays.mask.shape) == 2:
+        changes["mask"] = arrays.mask[:, None, None, :]
+    if call.segments:
+        q_ids, kv_ids = arrays.q_segment_ids, arrays.kv_segment_ids
+        changes["q_segment_ids"] = kv_ids if q_ids is None else q_ids
+        changes["kv_segment_ids"] = q_ids if kv_ids is None else kv_ids
+    if arrays.q_offset is not None and call.offset != "data":
+        changes["q_offset"] = None
+    if arrays.dropout_seed is not None and not call.dropout:
+        changes["dropout_seed"] = None
+    return arrays._replace(**changes) if changes else arrays
+
+
+def _wrong(error: type[Exception], argument: str, expected: str, got: Any, advice: str) -> Exception:
+    return error(f"{argument}: expected {expected}, got {describe(got)}. {advice}")
+
+
+def _static(argument: str, expected: str, got: Any, advice: str) -> Exception:
+    """A TypeError for a static argument; arrays, which a jit would trace, get told apart."""
+    if hasattr(got, "shape") and hasattr(got, "dtype") and not isinstance(got, np.generic):
+        expected = f"{expected}: a Python or NumPy scalar, known before anything is compiled"
+    return _wrong(TypeError, argument, expected, got, advice)
+
+
+def _shape(array: Any) -> tuple[int, ...]:
+    return tuple(array.shape)
+
+
+def _array(framework: Framework, argument: str, value: Any) -> None:
+    if not isinstance(value, framework.arrays):
+        raise _wrong(TypeError, argument, "an array of the framework that is called", value,
+                     "attend_torch takes torch tensors, attend_jax takes JAX and NumPy arrays.")  # fmt: skip
+
+
+def _sizes(framework: Framework, q: Any, k: Any, v: Any, layout: str) -> tuple[int, ...]:
+    types = framework.arrays
+    if not (isinstance(q, types) and isinstance(k, types) and isinstance(v, types)):
+        for name, value in (("q", q), ("k", k), ("v", v)):
+            _array(framework, name, value)
+            _rank(name, value, layout)
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    if not len(of_q) == len(of_k) == len(of_v) == 4:
+        for name, value in (("q", q), ("k", k), ("v", v)):
+            _rank(name, value, layout)
+    if layout == "bhnd":
+        (b, h, i, d), (kb, hk, j, kd), (vb, vh, vj, dv) = of_q, of_k, of_v
+    else:
+        (b, i, h, d), (kb, j, hk, kd), (vb, vj, vh, dv) = of_q, of_k, of_v
+    if kb != b or kd != d or vb != b or vh != hk or vj != j or not hk or h % hk or not h or not d or not dv:
+        _wrong_sizes(q, k, v, layout, (b, h, d), (kb, hk, j, kd), (vb, vh, vj, dv))
+    return b, h, hk, i, j, d, dv
+
+
+def _rank(name: str, value: Any, layout: str) -> None:
+    if len(value.shape) != 4:
+        raise _wrong(ValueError, name, f"rank 4, {_letters(name, layout)}", value,
+                     "Split the heads out of the last axis, and add a batch axis if there is none.")  # fmt: skip
+
+
+def _letters(name: str, layout: str) -> str:
+    heads, length = ("h", "i") if name == "q" else ("hk", "j")
+    size = "dv" if name == "v" else "d"
+    return f"(b, {heads}, {length}, {size})" if layout == "bhnd" else f"(b, {length}, {heads}, {size})"
+
+
+def _wrong_sizes(q: Any, k: Any, v: Any, layout: str, of_q: tuple, of_k: tuple, of_v: tuple) -> None:
+    b, h, d = of_q
+    kb, hk, j, kd = of_k
+    vb, vh, vj, dv = of_v
+    where = f'in layout "{layout}"'
+    if not h or not d:
+        raise _wrong(ValueError, "q", f"{_letters('q', layout)} with at least one head and a head size {where}", q,
+                     "Only batch and lengths may be 0.")  # fmt: skip
+    if kb != b or kd != d:
+        raise _wrong(ValueError, "k", f"{_letters('k', layout)} with b = {b} and d = {d} as in q {where}", k,
+                     f"q has shape {_shape(q)}; is layout right?")  # fmt: skip
+    if vb != b or vh != hk or vj != j:
+        raise _wrong(ValueError, "v", f"{_letters('v', layout)} with b = {b}, hk = {hk} and j = {j} as in k {where}", v,
+                     f"k has shape {_shape(k)}; is layout right?")  # fmt: skip
+    if not hk or h % hk:
+        raise _wrong(ValueError, "k", f"a number of key/value heads that divides the {h} heads of q {where}", k,
+                     "Query head n reads key/value head n // (h // hk); is layout right?")  # fmt: skip
+    raise _wrong(ValueError, "v", f"a value head size of at least 1 {where}", v, "Only batch and lengths may be 0.")
+
+
+def _qkv_dtype(framework: Framework, q: Any, k: Any, v: Any) -> str:
+    dtype = framework.dtype(q)
+    if dtype not in DTYPES:
+        raise _wrong(TypeError, "q", f"one of {', '.join(DTYPES)}", q, "Convert it first.")
+    if not k.dtype == v.dtype == q.dtype:
+        name, value = ("k", k) if k.dtype != q.dtype else ("v", v)
+        raise _wrong(TypeError, name, f"{dtype}, the dtype of q", value, "Give q, k and v one dtype.")
+    if dtype == "float64":
+        _needs_float64(framework, "q", q)
+    return dtype
+
+
+def _needs_float64(framework: Framework, argument: str, value: Any) -> None:
+    if not framework.has_float64():
+        raise _wrong(TypeError, argument, "a dtype that JAX keeps", value,
+                     'float64 needs jax.config.update("jax_enable_x64", True); convert to float32 if that is enough.')  # fmt: skip
+
+
+def _float_array(framework: Framework, argument: str, value: Any) -> str:
+    _array(framework, argument, value)
+    dtype = framework.dtype(value)
+    if dtype not in DTYPES:
+        hint = "Pass a boolean array as mask=." if dtype == "bool" else "Convert it first."
+        raise _wrong(TypeError, argument, f"one of {', '.join(DTYPES)}", value, hint)
+    if dtype == "float64":
+        _needs_float64(framework, argument, value)
+    return dtype
+
+
+def _number(argument: str, value: Any, advice: str) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (float, int, np.floating, np.integer)):
+        raise _static(argument, "a number", value, advice)
+    if not math.isfinite(value):
+        raise _wrong(ValueError, argument, "a finite number", value, advice)
+    return float(value)
+
+
+def _window(window_size: Any) -> tuple[int | None, int | None]:
+    advice = "A window of w tokens that includes the query's own is (w - 1, 0); None is no bound."
+    expected = "a pair (left, right), each a whole number >= 0 or None"
+    if not isinstance(window_size, (tuple, list)):
+        raise _static("window_size", expected, window_size, advice)
+    if len(window_size) != 2:
+        raise _wrong(ValueError, "window_size", expected, window_size, advice)
+    bounds: list[int | None] = []
+    for bound in window_size:
+        if bound is not None:
+            if isinstance(bound, (bool, np.bool_)) or not isinstance(bound, (int, np.integer)):
+                raise _static("window_size", expected, bound if hasattr(bound, "shape") else window_size, advice)
+            if bound < 0:
+                raise _wrong(ValueError, "window_size", expected, window_size, advice)
+            bound = int(bound) if bound < FAR else None
+        bounds.append(bound)
+    return bounds[0], bounds[1]
+
+
+def _names(implementation: Any, flash: bool | None) -> tuple[str, ...] | None:
+    if flash is not None:
+        return ("einsum",) if flash is False else None
+    if implementation is None:
+        return None
+    names = (implementation,) if isinstance(implementation, str) else implementation
+    listed = ", ".join(f'"{name}"' for name in NAMES)
+    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+        raise _wrong(TypeError, "implementation", "None, a name, or a sequence of names", implementation, f"The names are {listed}.")
+    if not names or any(name not in NAMES for name in names):
+        raise _wrong(ValueError, "implementation", f"one of {listed}", implementation, "Pass None for the fastest that can.")
+    return tuple(names)
+
+
+def _mask_shape(framework: Framework, mask: Any, b: int, h: int, i: int, j: int) -> tuple[int, ...]:
+    _array(framework, "mask", mask)
+    if framework.dtype(mask) != "bool":
+        raise _wrong(TypeError, "mask", "bool, where True means may attend", mask,
+                     "Pass additive scores (0 and -inf, ALiBi) as bias=, and integers as mask != 0.")  # fmt: skip
+    shape = _shape(mask)
+    if len(shape) == 2:
+        if shape[0] not in (1, b) or shape[1] != j:
+            raise _wrong(ValueError, "mask", f"a rank-2 key mask (b, j) = ({b}, {j}) or (1, {j})", mask,
+                         "Write a mask of (query, key) as mask[None, None].")  # fmt: skip
+        return (shape[0], 1, 1, j)
+    return _rank4("mask", mask, b, h, i, j)
+
+
+def _rank4(argument: str, value: Any, b: int, h: int, i: int, j: int) -> tuple[int, ...]:
+    shape = _shape(value)
+    if len(shape) != 4:
+        ranks = "rank 4, or rank 2 for a key mask" if argument == "mask" else "rank 4"
+        raise _wrong(ValueError, argument, f"{ranks}, against (b, h, i, j) = ({b}, {h}, {i}, {j})", value,
+                     f"Write (i, j) as {argument}[None, None], (b, i, j) as {argument}[:, None], "
+                     f"(h, i, j) as {argument}[None], (b, j) as {argument}[:, None, None].")  # fmt: skip
+    if any(size not in (1, full) for size, full in zip(shape, (b, h, i, j), strict=True)):
+        raise _wrong(ValueError, argument, f"each axis 1 or full, against (b, h, i, j) = ({b}, {h}, {i}, {j})", value,
+                     "The axes are (b, h, i, j) in both layouts.")  # fmt: skip
+    return shape
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
+
+
+def _offset(
+    framework: Framework, q_offset: Any, b: int, i: int, j: int, left: int | None, right: int | None
+) -> tuple[str, int | None, int | None]:
+    """The kind of offset, and the bounds without those that it makes vacuous."""
+    if not _is_int(q_offset):
+        _integers(framework, "q_offset", q_offset, ((), (b,)), "() or (b,)", "Query t sits at key position t + q_offset.")
+        return "data", left, right
+    if right is not None and q_offset + right >= j - 1:
+        right = None
+    if left is not None and i - 1 + q_offset - left <= 0:
+        left = None
+    return "zero" if q_offset == 0 else "end" if q_offset == j - i else "data", left, right
+
+
+def _integers(framework: Framework, argument: str, value: Any, shapes: tuple[tuple[int, ...], ...], letters: str, advice: str) -> None:
+    sizes = " or ".join(str(shape) for shape in shapes)
+    expected = f"integers of shape {letters}" + (f" = {sizes}" if sizes != letters else "")
+    if not isinstance(value, framework.arrays):
+        if argument == "q_offset":
+            expected = f"an int, or {expected}"
+        raise _wrong(TypeError, argument, expected, value, advice)
+    if not framework.dtype(value).startswith(("int", "uint")):
+        raise _wrong(TypeError, argument, expected, value, advice)
+    if _shape(value) not in shapes:
+        raise _wrong(ValueError, argument, expected, value, advice)
+
+
+def _segments(framework: Framework, q_ids: Any, kv_ids: Any, b: int, i: int, j: int) -> bool:
+    advice = "A query attends to the keys that have its id."
+    if q_ids is not None:
+        _integers(framework, "q_segment_ids", q_ids, ((b, i),), "(b, i)", advice)
+    if kv_ids is not None:
+        _integers(framework, "kv_segment_ids", kv_ids, ((b, j),), "(b, j)", advice)
+    if i != j and (q_ids is None or kv_ids is None):
+        missing, letters = ("q_segment_ids", f"(b, i) = ({b}, {i})") if q_ids is None else ("kv_segment_ids", f"(b, j) = ({b}, {j})")
+        raise _wrong(ValueError, missing, f"integers of shape {letters}", None,
+                     "One side may stand for both only where there are as many queries as keys.")  # fmt: skip
+    return True
+
+
+def _seed(framework: Framework, seed: Any) -> None:
+    expected = "an int in [0, 2**64) or a uint32 array (2,) = (low, high)"
+    advice = "Split a 64-bit seed as (seed % 2**32, seed // 2**32); convert.seed_from_key takes a JAX key."
+    if _is_int(seed):
+        if not 0 <= seed < 2**64:
+            raise _wrong(ValueError, "dropout_seed", expected, seed, advice)
+        return
+    if not isinstance(seed, framework.arrays):
+        raise _wrong(TypeError, "dropout_seed", expected, seed, advice)
+    dtype = framework.dtype(seed)
+    if framework.takes_int64_seed and dtype == "int64" and _shape(seed) == ():
+        return
+    if dtype != "uint32":
+        raise _wrong(TypeError, "dropout_seed", expected, seed, advice)
+    if _shape(seed) != (2,):
+        raise _wrong(ValueError, "dropout_seed", expected, seed, advice)
+
+
+def _same_device(framework: Framework, arrays: Arrays, home: Any) -> None:
+    """All arrays where q is. Scalars in host memory may stay there: sending one along is what every framework does."""
+    for name, value in zip(Arrays._fields, arrays, strict=True):
+        if not isinstance(value, framework.arrays):
+            continue
+        place = framework.device(value)
+        if place != home and place is not None and home is not None and not (str(place) == "cpu" and _shape(value) == ()):
+            raise ValueError(f"{name}: expected device {home}, where q is, got {place}. Move it there first.")

@@ -1,0 +1,109 @@
+"""The choice among implementations. A named one never gives way to another, and no exception is swallowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from attend_shared.call import Call
+from attend_shared.errors import UnsupportedError
+
+
+class Implementation(NamedTuple):
+    """One implementation on this machine.
+
+    Attributes:
+        name: as in `implementation=`.
+        fused: whether it makes no q_len x kv_len array beyond one that the caller passed.
+        available: whether it can run here at all.
+        reason: why not, or None.
+    """
+
+    name: str
+    fused: bool
+    available: bool
+    reason: str | None
+
+
+class Explanation(NamedTuple):
+    """Which implementation a call gets, and why the others do not serve it. str() is a table.
+
+    Attributes:
+        chosen: the name, or None where none can serve.
+        rows: (name, None or the reason why it refuses), in order of preference.
+
+    Example:
+        >>> print(Explanation("einsum", (("sdpa", "it has no softcap"), ("einsum", None))))
+        implementation  serves  why not
+        sdpa            no      it has no softcap
+        einsum          chosen
+    """
+
+    chosen: str | None
+    rows: tuple[tuple[str, str | None], ...]
+
+    def __str__(self) -> str:
+        cells = [("implementation", "serves", "why not")]
+        cells += [(n, "chosen" if n == self.chosen else "no" if why else "yes", why or "") for n, why in self.rows]
+        wide = max(len(row[0]) for row in cells)
+        return "\n".join(f"{name:{wide}}  {serves:6}  {why}".rstrip() for name, serves, why in cells)
+
+
+class Entry(NamedTuple):
+    """A line of a framework's table of implementations.
+
+    Attributes:
+        name: as in `implementation=`.
+        fused: as in `Implementation`.
+        module: has `unavailable() -> None or a reason`, `refusal(call) -> None or a reason` (cheap and pure), and
+            `attend(call, arrays) -> (out, lse or None)`.
+    """
+
+    name: str
+    fused: bool
+    module: Any
+
+
+def refusal(entry: Entry, call: Call) -> str | None:
+    """Why this implementation cannot serve this call, in words, or None."""
+    if call.flash and not entry.fused:
+        return "it makes a q_len x kv_len array, and flash=True allows none"
+    return entry.module.unavailable() or entry.module.refusal(call)
+
+
+def choose(table: Sequence[Entry], call: Call) -> Entry:
+    """The first that can serve: of the names asked for, or else of the table, which is in order of preference.
+
+    Raises:
+        UnsupportedError: with every reason, where none can.
+    """
+    if call.names is None:  # the usual call, without a list
+        for entry in table:
+            if refusal(entry, call) is None:
+                return entry
+    reasons = []
+    for name, entry in _asked(table, call):
+        reason = refusal(entry, call) if entry else f"attend_{call.framework} has no implementation of this name"
+        if reason is None and entry:
+            return entry
+        reasons.append((name, str(reason)))
+    raise UnsupportedError(tuple(reasons))
+
+
+def explain(table: Sequence[Entry], call: Call) -> Explanation:
+    """What `choose` would do, without doing it and without raising."""
+    rows = tuple((entry.name, refusal(entry, call)) for entry in table)
+    able = [name for name, reason in rows if reason is None]
+    return Explanation(next((name for name, _ in _asked(table, call) if name in able), None), rows)
+
+
+def implementations(table: Sequence[Entry]) -> tuple[Implementation, ...]:
+    """The table as a user sees it."""
+    reasons = [(entry, entry.module.unavailable()) for entry in table]
+    return tuple(Implementation(entry.name, entry.fused, reason is None, reason) for entry, reason in reasons)
+
+
+def _asked(table: Sequence[Entry], call: Call) -> list[tuple[str, Entry | None]]:
+    """What was asked for, in order, with None where only the other framework has that name."""
+    by_name = {entry.name: entry for entry in table}
+    return list(by_name.items()) if call.names is None else [(name, by_name.get(name)) for name in call.names]

@@ -1,0 +1,106 @@
+"""Who may attend to whom: the formula, written once over operators that NumPy, torch and JAX arrays share.
+
+Index arrays come from the caller, so that the same lines serve a whole call and any block of one. Integers must be of
+one dtype family already (JAX promotes strictly); positions are compared by differences, which cannot overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from attend_shared.call import Arrays, Call
+
+
+def _and(a: Any, b: Any) -> Any:
+    return b if a is None else a & b
+
+
+def offset_of(call: Call, arrays: Arrays) -> Any:
+    """q_offset as something to compare (b|1, 1, i, j) differences with: an int, or an array () or (b, 1, 1, 1)."""
+    if call.offset == "zero":
+        return 0
+    if call.offset == "end":
+        return call.j - call.i
+    offset = arrays.q_offset
+    return offset[:, None, None, None] if len(getattr(offset, "shape", ())) == 1 else offset
+
+
+def structured(call: Call, arrays: Arrays, query: Any, key: Any) -> Any:
+    """Where positions, segments and lengths allow it; None where they rule nothing out.
+
+    Args:
+        call, arrays: canonical.
+        query: integers (n,), indices of queries, or all of them: (i,).
+        key: integers (m,), indices of keys.
+
+    Returns:
+        bool, broadcastable to (b, h, n, m), or None. Segment ids in `arrays` must be those of these indices.
+    """
+    allowed = None
+    if call.positional:
+        offset = offset_of(call, arrays)
+        ahead = (key[None, :] - query[:, None])[None, None]  # (1, 1, n, m): how far the key is in front at offset 0
+        if call.right is not None:
+            allowed = ahead - call.right <= offset
+        if call.left is not None:
+            allowed = _and(allowed, ahead + call.left >= offset)
+    if call.segments:
+        allowed = _and(allowed, arrays.q_segment_ids[:, None, :, None] == arrays.kv_segment_ids[:, None, None, :])
+    if call.kv_lengths:
+        allowed = _and(allowed, (key < arrays.kv_lengths[:, None])[:, None, None, :])
+    if call.q_lengths:
+        allowed = _and(allowed, (query < arrays.q_lengths[:, None])[:, None, :, None])
+    return allowed
+
+
+def allowed(call: Call, arrays: Arrays, query: Any, key: Any) -> Any:
+    """Everything ANDed: mask, positions, segments, lengths, and a bias above -inf. Arguments as in `structured`.
+
+    Returns:
+        bool, broadcastable to (b, h, i, j), or None where every query may attend to every key.
+    """
+    result = structured(call, arrays, query, key)
+    if arrays.mask is not None:
+        result = _and(result, arrays.mask)
+    if arrays.bias is not None:
+        result = _and(result, arrays.bias != float("-inf"))
+    return result
+
+
+def excluded_keys(call: Call, arrays: Arrays, key: Any) -> Any:
+    """Keys that a key mask, a length or a segment id excludes for their whole batch item: bool (b|1, j), or None."""
+    kept = None
+    if call.key_masked:
+        kept = arrays.mask[:, 0, 0, :]
+    if call.kv_lengths:
+        kept = _and(kept, key < arrays.kv_lengths[:, None])
+    if call.segments:
+        kept = _and(kept, (arrays.q_segment_ids[:, :, None] == arrays.kv_segment_ids[:, None, :]).any(1))
+    return None if kept is None else ~kept
+
+
+def dead_queries(call: Call, arrays: Arrays, query: Any) -> Any:
+    """Rows that q_lengths empties: bool (b, i), or None."""
+    return (query >= arrays.q_lengths[:, None]) if call.q_lengths else None
+
+
+def hide(call: Call, arrays: Arrays, query: Any, key: Any, where: Callable[[Any, Any, Any], Any]) -> Arrays:
+    """Put zeros where nothing may leak from, so that NaN and Inf there change neither output nor gradient.
+
+    A product with weight 0 is not enough: 0 * NaN is NaN. This copies k and v where keys may be excluded, and q where
+    rows are dead. Gradients of what is hidden are exactly 0, since `where` passes none.
+
+    Args:
+        call, arrays: canonical.
+        query, key: integers (i,) and (j,).
+        where: the framework's `where(condition, a, b)`.
+    """
+    keys = excluded_keys(call, arrays, key)
+    if keys is not None:
+        gone = keys[:, None, :, None]  # (b|1, 1, j, 1)
+        arrays = arrays._replace(k=where(gone, 0, arrays.k), v=where(gone, 0, arrays.v))
+    rows = dead_queries(call, arrays, query)
+    if rows is not None:
+        arrays = arrays._replace(q=where(rows[:, None, :, None], 0, arrays.q))
+    return arrays
