@@ -1,0 +1,73 @@
+"""How the door looks at JAX and NumPy arrays, and the index arrays that the meaning is written over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attend_shared import meaning
+from attend_shared.call import FAR, Arrays, Call, Framework
+
+
+def _device(array: Any) -> Any:
+    """The one device an array is committed to; tracers, NumPy arrays, and what is spread or free to move have none."""
+    if not isinstance(array, jax.Array) or isinstance(array, jax.core.Tracer) or not array.committed:
+        return None
+    devices = array.devices()
+    return next(iter(devices)) if len(devices) == 1 else None
+
+
+def _platform(array: Any) -> str:
+    return {"gpu": "cuda"}.get(platform := jax.default_backend(), platform)
+
+
+FRAMEWORK = Framework(
+    name="jax",
+    arrays=(jax.Array, np.ndarray),
+    dtype=lambda array: array.dtype.name,
+    device=_device,
+    platform=_platform,
+    has_float64=lambda: bool(jax.config.jax_enable_x64),
+    wants_gradient=lambda array: True,
+    takes_int64_seed=False,
+)
+SHAPES = FRAMEWORK._replace(arrays=(jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def to_int32(value: Any) -> Any:
+    """Lengths and offsets as int32: what lies further than any array reaches may lie at that distance."""
+    if isinstance(value, (int, np.integer, np.ndarray)):
+        return np.clip(value, -FAR, FAR).astype(np.int32)
+    if value.dtype.name in ("uint32", "int64", "uint64"):
+        value = value.clip(max=FAR) if value.dtype.name.startswith("uint") else value.clip(-FAR, FAR)
+    return value.astype(jnp.int32)
+
+
+def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
+    """Both ids in one dtype that holds their values: int64 where JAX has it and they need it, else int32."""
+    wide = jax.config.jax_enable_x64 and any(x.dtype.name in ("uint32", "int64", "uint64") for x in (q_ids, kv_ids))
+    dtype = np.int64 if wide else np.int32
+    return q_ids.astype(dtype), kv_ids.astype(dtype)
+
+
+def indices(call: Call) -> tuple[jax.Array, jax.Array]:
+    """The indices of all queries (i,) and all keys (j,), int32."""
+    return jnp.arange(call.i, dtype=jnp.int32), jnp.arange(call.j, dtype=jnp.int32)
+
+
+def allowed(call: Call, arrays: Arrays) -> jax.Array | None:
+    """`meaning.allowed` for the whole call: bool, broadcastable to (b, h, i, j), or None."""
+    return meaning.allowed(call, arrays, *indices(call))
+
+
+def hide(call: Call, arrays: Arrays) -> Arrays:
+    """`meaning.hide` for the whole call."""
+    return meaning.hide(call, arrays, *indices(call), jnp.where)
+
+
+def hide_rows(call: Call, arrays: Arrays, out: jax.Array) -> jax.Array:
+    """0 in the rows of out (b h i dv) that q_lengths empties, which keeps their cotangents out as well."""
+    rows: Any = meaning.dead_queries(call, arrays, indices(call)[0])
+    return jnp.where(rows[:, None, :, None], 0, out)

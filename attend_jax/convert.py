@@ -1,0 +1,141 @@
+"""What other libraries call a mask or a seed, turned into this library's arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attend_shared import convert
+
+from attend_jax.arrays import FRAMEWORK
+
+Array = jax.Array | np.ndarray
+
+
+def mask_from_additive(additive: Array, *, threshold: float = -1000.0) -> Array:
+    """A boolean mask (True = may attend) from one that is added to the scores: 0 and -10000, -1e9, finfo.min or -inf.
+
+    mask = additive > threshold
+
+    Args:
+        additive: floating, rank 2 (b, j) or rank 4 against (b, h, i, j).
+        threshold: at or below it a key is not allowed. A real bias (ALiBi, relative positions) is no mask: pass it as
+            bias=.
+
+    Returns:
+        bool, the same shape.
+
+    Raises:
+        TypeError, ValueError: another dtype or rank.
+
+    Example:
+        >>> mask_from_additive(jnp.array([[0.0, -1e9]]))
+        Array([[ True, False]], dtype=bool)
+    """
+    return convert.mask_from_additive(FRAMEWORK, additive, threshold)
+
+
+def mask_from_ignore(ignore: Array) -> Array:
+    """A boolean mask (True = may attend) from one in which True = ignore.
+
+    That is the polarity of torch.nn.MultiheadAttention's key_padding_mask (b, j) and of TransformerEngine's
+    attention_mask (b, 1, 1, j) or (b, 1, i, j).
+
+    Args:
+        ignore: bool, rank 2 (b, j) or rank 4 against (b, h, i, j).
+
+    Returns:
+        bool, the same shape.
+
+    Raises:
+        TypeError, ValueError: another dtype or rank.
+
+    Example:
+        >>> mask_from_ignore(jnp.array([[False, True]]))
+        Array([[ True, False]], dtype=bool)
+    """
+    return convert.mask_from_ignore(FRAMEWORK, ignore)
+
+
+def mask_from_mha(attn_mask: Array, *, num_heads: int) -> Array:
+    """A boolean mask (True = may attend) from torch.nn.MultiheadAttention's boolean attn_mask (True = ignore).
+
+    Args:
+        attn_mask: bool (i, j) or (b * num_heads, i, j).
+        num_heads: the number of heads.
+
+    Returns:
+        bool (1, 1, i, j) or (b, num_heads, i, j).
+
+    Raises:
+        TypeError, ValueError: another dtype, rank or size.
+
+    Example:
+        >>> mask_from_mha(jnp.array([[False, True]]), num_heads=2)
+        Array([[[[ True, False]]]], dtype=bool)
+    """
+    return convert.mask_from_mha(FRAMEWORK, attn_mask, num_heads)
+
+
+def segments_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
+    """Segment ids for sequences packed one behind the other, from their cumulative lengths.
+
+    Args:
+        cu_seqlens: integers (n + 1,): 0, n1, n1 + n2, ..., as flash-attn's varlen functions take them.
+        length: the packed length; positions from cu_seqlens[-1] on are padding and get the id -1.
+
+    Returns:
+        integers (1, length), for q_segment_ids and kv_segment_ids.
+
+    Raises:
+        TypeError, ValueError: another dtype or rank.
+
+    Example:
+        >>> segments_from_cu_seqlens(jnp.array([0, 2, 3]), 4)
+        Array([[ 0,  0,  1, -1]], dtype=int32)
+    """
+    return convert.segments_from_cu_seqlens(FRAMEWORK, cu_seqlens, jnp.arange(length))
+
+
+def mask_from_left_padding(lengths: Array, kv_len: int) -> Array:
+    """A key mask for sequences that are padded on the left.
+
+    Args:
+        lengths: integers (b,), the number of real tokens of each batch item.
+        kv_len: the padded length.
+
+    Returns:
+        bool (b, kv_len).
+
+    Raises:
+        TypeError, ValueError: another dtype or rank.
+
+    Example:
+        >>> mask_from_left_padding(jnp.array([1, 3]), 3)
+        Array([[False, False,  True],
+               [ True,  True,  True]], dtype=bool)
+    """
+    return convert.mask_from_left_padding(FRAMEWORK, lengths, jnp.arange(kv_len))
+
+
+def seed_from_key(key: Array) -> Array:
+    """A dropout_seed from a JAX key, the same in both frameworks.
+
+    Args:
+        key: a JAX key or what jax.random.key_data gives, traced ones too.
+
+    Returns:
+        uint32 (2,).
+
+    Raises:
+        TypeError: another dtype or shape.
+
+    Example:
+        >>> seed_from_key(jax.random.key(42)).tolist()
+        [0, 42]
+    """
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    return convert.fold_words(key)

@@ -1,0 +1,72 @@
+"""The formula as it is written: einsum, a softmax in the accumulation dtype, einsum. It refuses nothing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from attend_shared.call import Arrays, Call
+from einops import rearrange
+
+from attend_jax import philox
+from attend_jax.arrays import allowed, hide, hide_rows
+
+HIGHEST = jax.lax.Precision.HIGHEST  # float32 products in full, where a device would shorten them
+
+
+def unavailable() -> str | None:
+    """None: it can always run."""
+    return None
+
+
+def refusal(call: Call) -> str | None:
+    """None: it serves every call."""
+    return None
+
+
+def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """out (b h i dv) in q's dtype, and lse (b h i) in the accumulation dtype.
+
+    Differentiable any number of times, forward and reverse.
+    """
+    arrays = hide(call, arrays)
+    wide = jnp.dtype(call.accumulation)
+    q = rearrange(arrays.q.astype(wide), "b (hk g) i d -> b hk g i d", hk=call.hk)
+    s = jnp.einsum("bkgid,bkjd->bkgij", q, arrays.k.astype(wide), precision=HIGHEST) * call.scale
+    s = rearrange(s, "b hk g i j -> b (hk g) i j")
+    if call.softcap is not None:
+        s = call.softcap * jnp.tanh(s / call.softcap)
+    if arrays.bias is not None:
+        s = s + arrays.bias.astype(wide)
+    may = allowed(call, arrays)
+    if may is not None:
+        s = jnp.where(may, s, -jnp.inf)
+    sink = jnp.full((), -jnp.inf, wide) if arrays.sinks is None else arrays.sinks.astype(wide)[:, None]
+    p, lse = _softmax(s, sink)
+    if call.dropout:
+        keep = philox.keep_mask(arrays.dropout_seed, call.b, call.h, call.i, call.j, call.dropout)
+        p = jnp.where(keep, p, 0) / (1 - call.dropout)
+    p = rearrange(p, "b (hk g) i j -> b hk g i j", hk=call.hk)
+    out = jnp.einsum("bkgij,bkje->bkgie", p, arrays.v.astype(wide), precision=HIGHEST)
+    out = rearrange(out, "b hk g i e -> b (hk g) i e").astype(arrays.q.dtype)
+    return hide_rows(call, arrays, out) if call.q_lengths else out, lse
+
+
+@jax.custom_jvp
+def _softmax(s: jax.Array, sink: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(s - lse) and lse of logits (b h i j), an empty row giving zeros and -inf (or its sink, (h 1))."""
+    top = jnp.maximum(s.max(-1, initial=-jnp.inf), sink)
+    top = jnp.where(top == -jnp.inf, 0, top)  # a shift, so any constant serves; -inf - -inf would be NaN
+    weights = jnp.exp(s - top[..., None])
+    total = weights.sum(-1) + jnp.exp(sink - top)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    return weights / total[..., None], jnp.where(empty, -jnp.inf, jnp.log(total) + top)
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals: tuple, tangents: tuple) -> tuple:
+    """Said outright, it keeps one array of (i, j) for the way back instead of four."""
+    (s_dot, sink_dot), (p, lse) = tangents, _softmax(*primals)
+    sink_weight = jnp.exp(primals[1] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
+    lse_dot = (p * s_dot).sum(-1) + sink_weight * sink_dot
+    return (p, lse), (p * (s_dot - lse_dot[..., None]), lse_dot)

@@ -1,0 +1,71 @@
+"""jax.nn.dot_product_attention in its XLA form, on every platform."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from attend_shared.call import Arrays, Call
+
+from attend_jax.arrays import allowed, hide
+
+
+def unavailable() -> str | None:
+    """None: every JAX that Flax works with has it."""
+    return None
+
+
+def refusal(call: Call) -> str | None:
+    """Why jax.nn cannot serve this call, or None."""
+    if call.return_lse:
+        return "it has no differentiable lse"
+    if call.softcap is not None:
+        return "it has no softcap"
+    if call.sinks is not None:
+        return "it has no sinks"
+    if call.dropout:
+        return "it has no dropout"
+    if call.dv != call.d:
+        return "it needs dv == d"
+    if call.dtype == "float64":
+        return "it takes the softmax of float64 in float32"
+    if call.dtype == "float16" and call.platform == "cpu":
+        return "the float16 products that it asks for do not exist on a CPU"
+    if call.bias_dtype is not None and call.bias_dtype != call.dtype != "float32":
+        return f"its gradient of a {call.bias_dtype} bias would be rounded to {call.dtype}"
+    if call.is_empty:
+        return "it averages padding where there is no key"
+    return None
+
+
+def is_aligned(call: Call) -> bool:
+    """Whether jax.nn's is_causal and local_window_size say what the call says: they are top-left."""
+    return call.offset == "zero"
+
+
+def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
+    """out (b h i dv); there is no lse.
+
+    Where a mask rules out a whole row jax.nn averages v, so such rows are found and zeroed here; with a bias its
+    finite fill could be outranked by a bias of that size, so there everything becomes a bias of -inf.
+    """
+    options: dict = {}
+    arrays = hide(call, arrays)
+    plain = call.mask is None and arrays.bias is None and not (call.segments or call.q_lengths or call.kv_lengths)
+    if plain and is_aligned(call) and call.right == 0 and call.left is None:
+        options["is_causal"] = True
+        may = None
+    else:
+        may = allowed(call, arrays)
+    alive = None
+    if may is not None:
+        alive = may.any(-1, keepdims=True)  # (b|1, h|1, i|1, 1)
+        if arrays.bias is None:
+            options["mask"] = may
+        else:
+            bias = jnp.where(may, arrays.bias.astype(jnp.float32), 0)
+            options["bias"] = jnp.where(may | ~alive, bias, -jnp.inf)
+    with jax.default_matmul_precision("highest"):  # a setting of this trace; float32 products in full
+        out = jax.nn.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in arrays[:3]), scale=call.scale, implementation="xla", **options
+        ).swapaxes(1, 2)
+    return (out if alive is None else jnp.where(alive, out, 0)), None

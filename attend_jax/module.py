@@ -1,0 +1,117 @@
+"""`Attend`: the module that models hold, for Flax NNX."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from attend_shared.call import Arrays, check_module
+from flax import nnx
+
+from attend_jax.attend import Array, run
+from attend_jax.convert import seed_from_key
+
+
+class Attend(nnx.Module):
+    """`attend` as a module without parameters: it holds the options, the call brings the arrays.
+
+    JAX: a Flax NNX module. It drops unless deterministic, which train() and eval() set, as does the call; seeds come
+    from rngs.dropout, forked when the module is made, or from the call's rngs.
+
+        Attend(options)(q, k, v, mask, ...) = attend(q, k, v, mask, ..., options)
+
+    Args:
+        dropout: the probability of dropping a weight in training, 0 <= dropout < 1.
+        flash: None chooses; True demands an implementation that makes no q_len x kv_len array beyond one that the
+            caller passes; False is einsum.
+        scale: any finite number; None is d ** -0.5.
+        is_causal: key j is allowed where j <= t + q_offset.
+        window_size: (left, right), each a whole number >= 0 or None; see `attend`.
+        softcap: a number > 0, or None for none.
+        layout: "bhnd" or "bnhd".
+        implementation: a name, a sequence of names, or None; not together with flash.
+
+    Called with q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
+    and return_lse, all as in `attend`. Where it drops and is given no dropout_seed, it draws one.
+
+    Returns:
+        What `attend` returns.
+
+    Raises:
+        TypeError, ValueError: a wrong option, when the module is made; a wrong argument, when it is called.
+        UnsupportedError: no implementation that was asked for can serve the call.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> attention = Attend(scale=1.0, is_causal=True)
+        >>> x = jnp.eye(2)[None, None]                                   # (b, h, n, d) = (1, 1, 2, 2)
+        >>> np.asarray(attention(x, x, x))[0, 0].round(4)
+        array([[1.    , 0.    ],
+               [0.2689, 0.7311]], dtype=float32)
+
+    References:
+        docs/semantics.md: every argument with a worked example.
+    """
+
+    def __init__(
+        self,
+        dropout: float = 0.0,
+        flash: bool | None = None,
+        scale: float | None = None,
+        *,
+        is_causal: bool = False,
+        window_size: tuple[int | None, int | None] | None = None,
+        softcap: float | None = None,
+        layout: str = "bhnd",
+        implementation: str | Sequence[str] | None = None,
+        deterministic: bool = False,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> None:
+        window_size, implementation = check_module(
+            dropout, flash, scale, is_causal, window_size, softcap, layout, implementation
+        )
+        self.dropout = dropout
+        self.flash = flash
+        self.scale = scale
+        self.is_causal = is_causal
+        self.window_size = window_size
+        self.softcap = softcap
+        self.layout = layout
+        self.implementation = implementation
+        self.deterministic = deterministic
+        self.rngs = rngs.dropout.fork() if isinstance(rngs, nnx.Rngs) else rngs if rngs is None else rngs.fork()
+
+    def __call__(
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Array | None = None,
+        *,
+        bias: Array | None = None,
+        q_offset: int | Array | None = None,
+        q_segment_ids: Array | None = None,
+        kv_segment_ids: Array | None = None,
+        q_lengths: Array | None = None,
+        kv_lengths: Array | None = None,
+        sinks: Array | None = None,
+        dropout_seed: int | Array | None = None,
+        return_lse: bool = False,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+    ) -> Any:
+        """`attend` with this module's options. Where it drops and is given no seed, one is drawn from rngs.
+
+        Raises:
+            ValueError: if it drops and there are neither rngs nor a dropout_seed.
+        """
+        deterministic = self.deterministic if deterministic is None else deterministic
+        dropout = 0.0 if deterministic else self.dropout
+        if dropout and dropout_seed is None:
+            stream = self.rngs if rngs is None else rngs
+            if stream is not None:
+                dropout_seed = seed_from_key(stream.dropout() if isinstance(stream, nnx.Rngs) else stream())
+        arrays = Arrays(q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed)
+        return run(arrays, self.is_causal, self.window_size, self.softcap, self.scale, dropout, return_lse, self.layout,
+                   self.implementation, self.flash)  # fmt: skip

@@ -1,0 +1,71 @@
+"""How the door looks at torch tensors, and the index arrays that the meaning is written over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from attend_shared import meaning
+from attend_shared.call import Arrays, Call, Framework
+
+_NAMES = {
+    getattr(torch, name): name
+    for name in ("float16", "bfloat16", "float32", "float64", "bool", "uint8", "int8", "int16", "int32", "int64",
+                 "uint16", "uint32", "uint64")
+}  # fmt: skip
+
+
+def _dtype(array: torch.Tensor) -> str:
+    return _NAMES.get(array.dtype) or str(array.dtype).removeprefix("torch.")
+
+
+def device_type(array: torch.Tensor) -> str:
+    """`array.device.type`; the two usual ones without making a device object."""
+    return "cpu" if array.is_cpu else "cuda" if array.is_cuda else array.device.type
+
+
+FRAMEWORK = Framework(
+    name="torch",
+    arrays=torch.Tensor,
+    dtype=_dtype,
+    device=lambda array: array.device,
+    platform=device_type,
+    has_float64=lambda: True,
+    wants_gradient=lambda array: array.requires_grad and torch.is_grad_enabled(),
+    takes_int64_seed=True,
+)
+
+
+def signed(arrays: Arrays) -> Arrays:
+    """Unsigned integers as int64: torch compares and subtracts few of the unsigned ones."""
+    names = ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths")
+    wide = {
+        name: value.long()
+        for name in names
+        if isinstance(value := getattr(arrays, name), torch.Tensor) and not value.dtype.is_signed
+    }
+    return arrays._replace(**wide) if wide else arrays
+
+
+def indices(call: Call, arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices of all queries (i,) and all keys (j,), int64."""
+    device = arrays.q.device
+    return torch.arange(call.i, device=device), torch.arange(call.j, device=device)
+
+
+def allowed(call: Call, arrays: Arrays) -> torch.Tensor | None:
+    """`meaning.allowed` for the whole call: bool, broadcastable to (b, h, i, j), or None."""
+    return meaning.allowed(call, arrays, *indices(call, arrays))
+
+
+def hide(call: Call, arrays: Arrays) -> Arrays:
+    """`meaning.hide` for the whole call."""
+    if call.key_masked or call.kv_lengths or call.segments or call.q_lengths:
+        return meaning.hide(call, arrays, *indices(call, arrays), torch.where)
+    return arrays
+
+
+def hide_rows(call: Call, arrays: Arrays, out: torch.Tensor) -> torch.Tensor:
+    """0 in the rows of out (b h i dv) that q_lengths empties, which keeps their cotangents out as well."""
+    rows: Any = meaning.dead_queries(call, arrays, indices(call, arrays)[0])
+    return torch.where(rows[:, None, :, None], 0, out)

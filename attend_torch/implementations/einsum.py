@@ -1,0 +1,64 @@
+"""The formula as it is written: einsum, a softmax in the accumulation dtype, einsum. It refuses nothing."""
+
+from __future__ import annotations
+
+import torch
+from attend_shared.call import Arrays, Call
+from einops import rearrange
+
+from attend_torch import philox
+from attend_torch.arrays import allowed, hide, hide_rows
+
+
+def unavailable() -> str | None:
+    """None: it can always run."""
+    return None
+
+
+def refusal(call: Call) -> str | None:
+    """None: it serves every call."""
+    return None
+
+
+def attend(call: Call, arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (b h i dv) in q's dtype, and lse (b h i) in the accumulation dtype.
+
+    Differentiable any number of times, forward and reverse.
+    """
+    arrays = hide(call, arrays)
+    wide = getattr(torch, call.accumulation)
+    q = rearrange(arrays.q.to(wide), "b (hk g) i d -> b hk g i d", hk=call.hk)
+    s = torch.einsum("b k g i d, b k j d -> b k g i j", q, arrays.k.to(wide)) * call.scale
+    s = rearrange(s, "b hk g i j -> b (hk g) i j")
+    if call.softcap is not None:
+        s = call.softcap * torch.tanh(s / call.softcap)
+    if arrays.bias is not None:
+        s = s + arrays.bias.to(wide)
+    may = allowed(call, arrays)
+    if may is not None:
+        s = torch.where(may, s, -torch.inf)
+    p, lse = _softmax(call, s, arrays.sinks)
+    if call.dropout:
+        keep = philox.keep_mask(arrays.dropout_seed, call.b, call.h, call.i, call.j, call.dropout)
+        p = torch.where(keep, p, 0) / (1 - call.dropout)
+    p = rearrange(p, "b (hk g) i j -> b hk g i j", hk=call.hk)
+    out = torch.einsum("b k g i j, b k j e -> b k g i e", p, arrays.v.to(wide))
+    out = rearrange(out, "b hk g i e -> b (hk g) i e").to(arrays.q.dtype)
+    return hide_rows(call, arrays, out) if call.q_lengths else out, lse
+
+
+def _softmax(call: Call, s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(s - lse) and lse of logits (b h i j), an empty row giving zeros and -inf (or its sink)."""
+    top = s.detach().amax(-1) if call.j else s.new_full(s.shape[:-1], -torch.inf)
+    sink = None
+    if sinks is not None:
+        sink = sinks.to(s.dtype)[:, None]  # (h, 1) against (b, h, i)
+        top = torch.maximum(top, sink.detach())
+    top = torch.where(top == -torch.inf, 0, top)  # a shift, so any constant serves; -inf - -inf would be NaN
+    weights = torch.exp(s - top[..., None])
+    total = weights.sum(-1)
+    if sink is not None:
+        total = total + torch.exp(sink - top)
+    empty = total == 0
+    total = torch.where(empty, 1, total)
+    return weights / total[..., None], torch.where(empty, -torch.inf, torch.log(total) + top)
