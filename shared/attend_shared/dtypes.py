@@ -70,7 +70,7 @@ def round_to(x: ArrayLike, name: str) -> NDArray[Any]:
     array = np.asarray(x)
     if array.dtype not in (np.float32, np.float64):
         array = array.astype(np.float64)
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # invalid: signalling NaN
         match _known(name):
             case "float64":
                 return array.astype(np.float64)

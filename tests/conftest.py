@@ -1,0 +1,39 @@
+"""Settings that must stand before a framework is imported, and `require` for packages that may not be there."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+CI = os.environ.get("CI") == "true"
+
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")  # no dtype widens unseen
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # both frameworks share one GPU
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one worker, one core
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+# The first example of a JAX property compiles: time says nothing there.
+settings.register_profile("attend", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("attend")
+
+
+def require(package: str) -> Path:
+    """The folder of an installed package, found without importing it.
+
+    Where the package is not installed the test fails if CI=true, and is otherwise skipped with the reason printed. Call
+    it in a test, a fixture, or at the head of a test module.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        reason = f"{package} is not installed: `make test` installs it where it can be had"
+        if CI:
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason, allow_module_level=True)
+    return Path(spec.origin).parent
