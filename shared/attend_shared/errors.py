@@ -29,5 +29,5 @@ class UnsupportedError(NotImplementedError):
         self._words = headline, advice
         super().__init__("\n".join([headline, *(f"  {name}: {reason}" for name, reason in self.reasons), advice]))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[UnsupportedError], tuple]:
         return (UnsupportedError, (self.reasons, *self._words))
