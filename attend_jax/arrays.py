@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from attend_shared import meaning
 from attend_shared.call import FAR, Arrays, Call, Framework
 
@@ -29,7 +30,7 @@ FRAMEWORK = Framework(
     dtype=lambda array: array.dtype.name,
     device=_device,
     platform=_platform,
-    has_float64=lambda: bool(jax.config.jax_enable_x64),
+    has_float64=lambda: bool(jax.config.read("jax_enable_x64")),
     wants_gradient=lambda array: True,
     takes_int64_seed=False,
 )
@@ -38,16 +39,18 @@ SHAPES = FRAMEWORK._replace(arrays=(jax.Array, np.ndarray, jax.ShapeDtypeStruct)
 
 def to_int32(value: Any) -> Any:
     """Lengths and offsets as int32: what lies further than any array reaches may lie at that distance."""
-    if isinstance(value, (int, np.integer, np.ndarray)):
-        return np.clip(value, -FAR, FAR).astype(np.int32)
+    if isinstance(value, (int, np.integer)):
+        return np.int32(min(max(int(value), -FAR), FAR))
     if value.dtype.name in ("uint32", "int64", "uint64"):
         value = value.clip(max=FAR) if value.dtype.name.startswith("uint") else value.clip(-FAR, FAR)
-    return value.astype(jnp.int32)
+    return value.astype(np.int32)
 
 
 def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
     """Both ids in one dtype that holds their values: int64 where JAX has it and they need it, else int32."""
-    wide = jax.config.jax_enable_x64 and any(x.dtype.name in ("uint32", "int64", "uint64") for x in (q_ids, kv_ids))
+    wide = jax.config.read("jax_enable_x64") and any(
+        x.dtype.name in ("uint32", "int64", "uint64") for x in (q_ids, kv_ids)
+    )
     dtype = np.int64 if wide else np.int32
     return q_ids.astype(dtype), kv_ids.astype(dtype)
 
@@ -57,14 +60,34 @@ def indices(call: Call) -> tuple[jax.Array, jax.Array]:
     return jnp.arange(call.i, dtype=jnp.int32), jnp.arange(call.j, dtype=jnp.int32)
 
 
+def positions(length: int, integers: jax.Array | np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """The indices up to a length, and integers to compare them with, both int32."""
+    return jnp.arange(length, dtype=jnp.int32), jnp.asarray(to_int32(integers))
+
+
 def allowed(call: Call, arrays: Arrays) -> jax.Array | None:
     """`meaning.allowed` for the whole call: bool, broadcastable to (b, h, i, j), or None."""
     return meaning.allowed(call, arrays, *indices(call))
 
 
+def contains(ids: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Which of wanted (b, m) are among ids (b, n), in memory linear in both: bool (b, m).
+
+    Sorted together, ids before wanted where equal, an element is present if the nearest of ids before it is its equal.
+    """
+    n = ids.shape[1]
+    values = jnp.concatenate([ids, wanted], 1)
+    order = jnp.argsort(values, 1, stable=True)
+    values = jnp.take_along_axis(values, order, 1)
+    place = jnp.broadcast_to(jnp.arange(order.shape[1]), order.shape)
+    nearest = jax.lax.cummax(jnp.where(order < n, place, -1), 1)
+    found = (jnp.take_along_axis(values, nearest.clip(0), 1) == values) & (nearest >= 0)
+    return jnp.take_along_axis(found, jnp.argsort(order, 1), 1)[:, n:]
+
+
 def hide(call: Call, arrays: Arrays) -> Arrays:
     """`meaning.hide` for the whole call."""
-    return meaning.hide(call, arrays, *indices(call), jnp.where)
+    return meaning.hide(call, arrays, *indices(call), jnp.where, contains)
 
 
 def hide_rows(call: Call, arrays: Arrays, out: jax.Array) -> jax.Array:

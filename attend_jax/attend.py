@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attend_shared import choice
-from attend_shared.call import Arrays, Call, canonical, check
-from attend_shared.choice import Explanation, Implementation
-from attend_shared.merging import check_merge, merge_parts
 
 from attend_jax.arrays import FRAMEWORK, SHAPES, segment_ids, to_int32
 from attend_jax.implementations import table
 from attend_jax.philox import seed_words
+from attend_shared import choice
+from attend_shared.call import Arrays, Call, canonical, check
+from attend_shared.choice import Explanation, Implementation
+from attend_shared.merging import check_merge, merge_parts
 
 Array = jax.Array | np.ndarray
 
@@ -124,14 +124,16 @@ def attend(
         (2024): softcap. Xiao et al., Efficient streaming language models with attention sinks (2023). Salmon et al.,
         Parallel random numbers: as easy as 1, 2, 3 (2011): dropout.
     """
-    arrays = Arrays(q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed)
+    arrays = Arrays(
+        q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
+    )
     return run(arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation)
 
 
 def run(arrays: Arrays, *options: Any) -> Any:
     """What `attend` and `Attend` share: the data, and the options in the order in which `check` takes them."""
     call = check(FRAMEWORK, arrays, *options)
-    out, lse = _compute(call, choice.choose(table(), call).name, _canonical(call, arrays))
+    out, lse = _compute(call, choice.choose(table(call), call).name, _canonical(call, arrays))
     return (out, lse) if call.return_lse else out
 
 
@@ -141,7 +143,11 @@ def _canonical(call: Call, arrays: Arrays) -> Arrays:
         arrays = arrays._replace(q_offset=to_int32(arrays.q_offset))
     else:
         arrays = arrays._replace(q_offset=None)
-    host = {name: to_int32(value) for name in ("q_lengths", "kv_lengths") if isinstance(value := getattr(arrays, name), np.ndarray)}
+    host = {
+        name: to_int32(value)
+        for name in ("q_lengths", "kv_lengths")
+        if isinstance(value := getattr(arrays, name), np.ndarray)
+    }
     host |= {name: _host_ids(name, value) for name in ("q_segment_ids", "kv_segment_ids")
              if isinstance(value := getattr(arrays, name), np.ndarray)}  # fmt: skip
     seed = seed_words(arrays.dropout_seed) if call.dropout else None
@@ -150,9 +156,12 @@ def _canonical(call: Call, arrays: Arrays) -> Arrays:
 
 def _host_ids(argument: str, ids: np.ndarray) -> np.ndarray:
     """NumPy ids as they are, unless JAX would cut them to 32 bits and they do not fit."""
-    if ids.dtype.itemsize == 8 and not jax.config.jax_enable_x64 and ids.size:
+    if ids.dtype.itemsize == 8 and not jax.config.read("jax_enable_x64") and ids.size:
         if ids.min() < -(2**31) or ids.max() >= 2**31:
-            raise ValueError(f"{argument}: expected ids that 32 bits hold, got {ids.dtype} up to {ids.max()}. Number the segments from 0.")
+            raise ValueError(
+                f"{argument}: expected ids that 32 bits hold, got {ids.dtype} up to {ids.max()}. "
+                "Number the segments from 0."
+            )
         return ids.astype(np.int32)
     return ids
 
@@ -176,9 +185,9 @@ def _compute(call: Call, name: str, arrays: Arrays) -> tuple[jax.Array, jax.Arra
 def explain(
     q: Any, k: Any, v: Any, mask: Any = None, *, bias: Any = None, is_causal: bool = False, q_offset: Any = None,
     window_size: tuple[int | None, int | None] | None = None, q_segment_ids: Any = None, kv_segment_ids: Any = None,
-    q_lengths: Any = None, kv_lengths: Any = None, sinks: Any = None, softcap: float | None = None, scale: float | None = None,
-    dropout: float = 0.0, dropout_seed: Any = None, return_lse: bool = False, layout: str = "bhnd",
-    implementation: str | Sequence[str] | None = None,
+    q_lengths: Any = None, kv_lengths: Any = None, sinks: Any = None, softcap: float | None = None,
+    scale: float | None = None, dropout: float = 0.0, dropout_seed: Any = None, return_lse: bool = False,
+    layout: str = "bhnd", implementation: str | Sequence[str] | None = None,
 ) -> Explanation:  # fmt: skip
     """Which implementation `attend` would take for these arguments, and why the others do not serve them.
 
@@ -203,9 +212,11 @@ def explain(
     References:
         docs/implementations.md: what each implementation can do.
     """
-    arrays = Arrays(q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed)
+    arrays = Arrays(
+        q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
+    )
     call = check(SHAPES, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation)
-    return choice.explain(table(), call)
+    return choice.explain(table(call), call)
 
 
 def implementations() -> tuple[Implementation, ...]:
@@ -216,7 +227,7 @@ def implementations() -> tuple[Implementation, ...]:
         one that the caller passed; reason says why it is not available, or is None.
 
     Example:
-        >>> implementations()[-1]
+        >>> {each.name: each for each in implementations()}["einsum"]
         Implementation(name='einsum', fused=False, available=True, reason=None)
 
     References:

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attend_shared.cases import Problem
-from attend_shared.compare import Outcome
 
 from attend_jax.attend import attend
 from attend_jax.implementations import table
+from attend_shared.cases import Problem
+from attend_shared.compare import Outcome
 
 
 def devices() -> tuple[str, ...]:
@@ -36,15 +36,19 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
         UnsupportedError: where the implementation refuses.
     """
     if device not in devices():
-        raise ValueError(f"device: expected one of {', '.join(devices())}, where JAX runs, got {device!r}. Set JAX_PLATFORMS.")
+        raise ValueError(
+            f"device: expected one of {', '.join(devices())}, where JAX runs, got {device!r}. Set JAX_PLATFORMS."
+        )
     wants_lse = problem.lse_cotangent is not None
     with jax.enable_x64(True) if "float64" in problem.dtypes.values() else nullcontext():
-        arguments = {
+        arguments: dict[str, Any] = {
             name: jnp.asarray(value, problem.dtypes.get(name)) if isinstance(value, np.ndarray) else value
             for name, value in problem.arguments.items()
         }
-        leaves = {name: arguments.pop(name) for name in problem.dtypes}
-        data = {name: arguments.pop(name) for name, value in list(arguments.items()) if isinstance(value, jax.Array)}
+        leaves: dict[str, Any] = {name: arguments.pop(name) for name in problem.dtypes}
+        data: dict[str, Any] = {
+            name: arguments.pop(name) for name, value in list(arguments.items()) if isinstance(value, jax.Array)
+        }
         cotangents: Any = jnp.asarray(problem.out_cotangent, problem.dtypes["q"])
         if wants_lse:
             accumulation = "float64" if problem.dtypes["q"] == "float64" else "float32"

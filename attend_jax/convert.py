@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from attend_shared import convert
 
-from attend_jax.arrays import FRAMEWORK
+from attend_jax.arrays import FRAMEWORK, positions
+from attend_shared import convert
 
 Array = jax.Array | np.ndarray
 
@@ -96,7 +94,7 @@ def segments_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
         >>> segments_from_cu_seqlens(jnp.array([0, 2, 3]), 4)
         Array([[ 0,  0,  1, -1]], dtype=int32)
     """
-    return convert.segments_from_cu_seqlens(FRAMEWORK, cu_seqlens, jnp.arange(length))
+    return convert.segments_from_cu_seqlens(FRAMEWORK, cu_seqlens, length, positions)
 
 
 def mask_from_left_padding(lengths: Array, kv_len: int) -> Array:
@@ -117,14 +115,16 @@ def mask_from_left_padding(lengths: Array, kv_len: int) -> Array:
         Array([[False, False,  True],
                [ True,  True,  True]], dtype=bool)
     """
-    return convert.mask_from_left_padding(FRAMEWORK, lengths, jnp.arange(kv_len))
+    return convert.mask_from_left_padding(FRAMEWORK, lengths, kv_len, positions)
 
 
 def seed_from_key(key: Array) -> Array:
     """A dropout_seed from a JAX key, the same in both frameworks.
 
+    JAX: takes keys, and what jax.random.key_data gives; traced ones too.
+
     Args:
-        key: a JAX key or what jax.random.key_data gives, traced ones too.
+        key: a JAX key, or its words: uint32 (2,), or (4,) of an rbg key.
 
     Returns:
         uint32 (2,).

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from attend_shared.call import Arrays, check_module
 from flax import nnx
 
 from attend_jax.attend import Array, run
 from attend_jax.convert import seed_from_key
+from attend_shared.call import Arrays, check_module
 
 
 class Attend(nnx.Module):
@@ -80,7 +80,9 @@ class Attend(nnx.Module):
         self.layout = layout
         self.implementation = implementation
         self.deterministic = deterministic
-        self.rngs = rngs.dropout.fork() if isinstance(rngs, nnx.Rngs) else rngs if rngs is None else rngs.fork()
+        if rngs is not None:
+            rngs = (rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs).fork() if dropout else None
+        self.rngs = rngs
 
     def __call__(
         self,
@@ -112,6 +114,8 @@ class Attend(nnx.Module):
             stream = self.rngs if rngs is None else rngs
             if stream is not None:
                 dropout_seed = seed_from_key(stream.dropout() if isinstance(stream, nnx.Rngs) else stream())
-        arrays = Arrays(q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed)
+        arrays = Arrays(
+            q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
+        )
         return run(arrays, self.is_causal, self.window_size, self.softcap, self.scale, dropout, return_lse, self.layout,
                    self.implementation, self.flash)  # fmt: skip

@@ -5,10 +5,10 @@ JAX has no 64-bit integers by default, so the high half of a product is put toge
 
 from __future__ import annotations
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+
 from attend_shared.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, split_seed, threshold
 
 
@@ -46,32 +46,40 @@ def words(counter: tuple[jax.Array, ...], key: tuple[jax.Array, jax.Array]) -> t
 
 
 def keep_block(
-    seed: jax.Array, heads: jax.Array, rows: jax.Array, keys: tuple[int, int], batch: jax.Array, dropout: float
+    seed: jax.Array, item: jax.Array, head: jax.Array, rows: jax.Array, quads: jax.Array, dropout: float
 ) -> jax.Array:
-    """The keep mask of some batch items, heads and rows, and of keys[0] <= j < keys[1]: bool (b, h, n, m)."""
-    first, last = keys
-    j4 = jnp.arange(first // 4, -(-last // 4), dtype=jnp.uint32)
-    heads, rows, batch = (x.astype(jnp.uint32) for x in (heads, rows, batch))
-    counter = (j4, rows[:, None], heads[:, None, None], batch[:, None, None, None])
-    drawn = jnp.stack(jnp.broadcast_arrays(*words(counter, (seed[0], seed[1]))), -1)
-    drawn = drawn.reshape(*drawn.shape[:-2], 4 * j4.size)  # (b, h, n, 4 * m')
-    start = first - first // 4 * 4
-    return drawn[..., start : start + last - first] >= np.uint32(threshold(dropout))
+    """The keep mask of some queries and of keys by fours.
+
+    Args:
+        seed: uint32 (2,), the low and high 32 bits.
+        item, head: the batch item and the query head, scalars or broadcastable to (..., n, m).
+        rows: (n,), the queries.
+        quads: (m,), fours of keys: key // 4.
+        dropout: the probability of dropping.
+
+    Returns:
+        bool (..., n, 4 * m).
+    """
+    item, head, rows, quads = (x.astype(jnp.uint32) for x in (item, head, rows, quads))
+    drawn = jnp.stack(jnp.broadcast_arrays(*words((quads, rows[:, None], head, item), (seed[0], seed[1]))), -1)
+    return drawn.reshape(*drawn.shape[:-2], 4 * quads.size) >= np.uint32(threshold(dropout))
 
 
-def keep_mask(seed: jax.Array, b: int, h: int, i: int, j: int, dropout: float) -> jax.Array:
+def keep_mask(seed: jax.Array, b: int, h: int, i: int, j: int, dropout: float, first: int | jax.Array = 0) -> jax.Array:
     """Which weights are kept.
 
     Args:
         seed: uint32 (2,), the low and high 32 bits.
         b, h, i, j: the sizes; h counts query heads.
         dropout: the probability of dropping.
+        first: the index of the first of the i queries.
 
     Returns:
         bool (b, h, i, j).
     """
-    batch, heads, rows = (jnp.arange(n, dtype=jnp.uint32) for n in (b, h, i))
-    return keep_block(seed, heads, rows, (0, j), batch, dropout)
+    item, head, rows, quads = (jnp.arange(n, dtype=jnp.int32) for n in (b, h, i, -(-j // 4)))
+    kept = keep_block(seed, item[:, None, None, None], head[:, None, None], first + rows, quads, dropout)
+    return kept[..., :j]
 
 
 def seed_words(seed: int | np.integer | jax.Array | np.ndarray) -> jax.Array | np.ndarray:

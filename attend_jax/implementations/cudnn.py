@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from attend_shared.call import Arrays, Call
 
 from attend_jax.arrays import hide, indices
 from attend_jax.implementations import xla
+from attend_shared.call import Arrays, Call
 
 
 def unavailable() -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from attend_shared.call import Arrays, Call
 from einops import rearrange
 
 from attend_jax import philox
 from attend_jax.arrays import allowed, hide, hide_rows
+from attend_shared.call import Arrays, Call
 
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 products in full, where a device would shorten them
 
@@ -29,6 +29,12 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     Differentiable any number of times, forward and reverse.
     """
     arrays = hide(call, arrays)
+    out, lse = compute(call, arrays)
+    return hide_rows(call, arrays, out) if call.q_lengths else out, lse
+
+
+def compute(call: Call, arrays: Arrays, first: int | jax.Array = 0) -> tuple[jax.Array, jax.Array]:
+    """The formula on arrays from which nothing can leak; `first` is the index of the first query, for dropout."""
     wide = jnp.dtype(call.accumulation)
     q = rearrange(arrays.q.astype(wide), "b (hk g) i d -> b hk g i d", hk=call.hk)
     s = jnp.einsum("bkgid,bkjd->bkgij", q, arrays.k.astype(wide), precision=HIGHEST) * call.scale
@@ -43,12 +49,12 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     sink = jnp.full((), -jnp.inf, wide) if arrays.sinks is None else arrays.sinks.astype(wide)[:, None]
     p, lse = _softmax(s, sink)
     if call.dropout:
-        keep = philox.keep_mask(arrays.dropout_seed, call.b, call.h, call.i, call.j, call.dropout)
+        keep = philox.keep_mask(arrays.dropout_seed, call.b, call.h, call.i, call.j, call.dropout, first)
         p = jnp.where(keep, p, 0) / (1 - call.dropout)
     p = rearrange(p, "b (hk g) i j -> b hk g i j", hk=call.hk)
     out = jnp.einsum("bkgij,bkje->bkgie", p, arrays.v.astype(wide), precision=HIGHEST)
     out = rearrange(out, "b hk g i e -> b (hk g) i e").astype(arrays.q.dtype)
-    return hide_rows(call, arrays, out) if call.q_lengths else out, lse
+    return out, lse
 
 
 @jax.custom_jvp
@@ -69,4 +75,5 @@ def _softmax_jvp(primals: tuple, tangents: tuple) -> tuple:
     (s_dot, sink_dot), (p, lse) = tangents, _softmax(*primals)
     sink_weight = jnp.exp(primals[1] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
     lse_dot = (p * s_dot).sum(-1) + sink_weight * sink_dot
+    lse_dot = jnp.where(lse == -jnp.inf, 0, lse_dot)  # 0 already, but not what comes back through it: 0 * inf is NaN
     return (p, lse), (p * (s_dot - lse_dot[..., None]), lse_dot)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from attend_shared.call import Arrays, Call
 
 from attend_jax.arrays import allowed, hide
+from attend_shared.call import Arrays, Call
 
 
 def unavailable() -> str | None:
@@ -32,6 +32,8 @@ def refusal(call: Call) -> str | None:
         return "the float16 products that it asks for do not exist on a CPU"
     if call.bias_dtype is not None and call.bias_dtype != call.dtype != "float32":
         return f"its gradient of a {call.bias_dtype} bias would be rounded to {call.dtype}"
+    if call.dtype != "float32" and jax.config.jax_numpy_dtype_promotion == "strict":  # type: ignore[attr-defined]
+        return f"its gradients of {call.dtype} break under strict dtype promotion"
     if call.is_empty:
         return "it averages padding where there is no key"
     return None
@@ -64,7 +66,8 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
         else:
             bias = jnp.where(may, arrays.bias.astype(jnp.float32), 0)
             options["bias"] = jnp.where(may | ~alive, bias, -jnp.inf)
-    with jax.default_matmul_precision("highest"):  # a setting of this trace; float32 products in full
+    # Settings of this trace: float32 products in full; and jax.nn widens float16 by itself, which strict mode forbids.
+    with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
             *(x.swapaxes(1, 2) for x in arrays[:3]), scale=call.scale, implementation="xla", **options
         ).swapaxes(1, 2)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-from attend_shared.call import Arrays, check_module
 
 from attend_jax.attend import Array, run
 from attend_jax.convert import seed_from_key
+from attend_shared.call import Arrays, check_module
 
 __all__ = ["Attend"]
 
@@ -66,8 +66,10 @@ class Attend(nn.Module):
     implementation: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        check_module(self.dropout, self.flash, self.scale, self.is_causal, self.window_size, self.softcap, self.layout,
-                     self.implementation)  # fmt: skip
+        self.window_size, self.implementation = check_module(
+            self.dropout, self.flash, self.scale, self.is_causal, self.window_size, self.softcap, self.layout,
+            self.implementation,
+        )  # fmt: skip
         super().__post_init__()
 
     @nn.compact
@@ -103,6 +105,8 @@ class Attend(nn.Module):
         dropout = 0.0 if deterministic else self.dropout
         if dropout and dropout_seed is None and self.has_rng("dropout"):
             dropout_seed = seed_from_key(self.make_rng("dropout"))
-        arrays = Arrays(q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed)
+        arrays = Arrays(
+            q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
+        )
         return run(arrays, self.is_causal, self.window_size, self.softcap, self.scale, dropout, return_lse, self.layout,
                    self.implementation, self.flash)  # fmt: skip

@@ -7,18 +7,19 @@ serves or refuses. `Arrays` carries the data. Nothing here reads an array's cont
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-NAMES = ("sdpa", "cudnn", "xla", "einsum")  # of the implementations of either framework
+NAMES = ("sdpa", "cudnn", "blockwise", "xla", "rowwise", "einsum")  # of the implementations of either framework
 LAYOUTS = ("bhnd", "bnhd")
 LAYOUT_NAMES = 'one of "bhnd", "bnhd"'
 LAYOUT_ADVICE = "bhnd is (batch, heads, length, head size), bnhd is (batch, length, heads, head size)."
-FAR = 2**30  # a distance between positions that no array reaches; bounds beyond it are no bounds in 32-bit indices
+LARGEST = sys.float_info.max
+FAR = 2**30  # a distance between positions that no array reaches; offsets are cut to it, so that 32 bits hold them
 
 
 _new = tuple.__new__  # what a NamedTuple's own constructor calls, at half the cost; the door is paid on every call
@@ -67,7 +68,8 @@ class Call(NamedTuple):
         sinks: their dtype, or None.
         softcap, scale, dropout: floats; softcap None is off.
         return_lse: whether lse is wanted.
-        bias_gradient: whether a gradient may be asked of the bias.
+        bias_gradient: whether there is a bias of which a gradient may be asked.
+        biased_gradient: whether there is a bias, and a gradient may be asked of q, k or v.
         flash: None, or True where an array of q_len x kv_len is not allowed.
         names: the implementations that were asked for, or None for a choice.
     """
@@ -98,6 +100,7 @@ class Call(NamedTuple):
     dropout: float
     return_lse: bool
     bias_gradient: bool
+    biased_gradient: bool
     flash: bool | None
     names: tuple[str, ...] | None
 
@@ -168,8 +171,11 @@ def describe(value: Any) -> str:
     kind = type(value).__name__
     if isinstance(value, np.generic):
         return f"{kind} {value.item()!r}"
+    if isinstance(value, int) and value.bit_length() > 80:
+        return f"{kind} of {value.bit_length()} bits"
     if isinstance(value, (bool, int, float, complex, str)):
-        return f"{kind} {value!r}"
+        shown = repr(value)
+        return f"{kind} {shown if len(shown) <= 60 else shown[:57] + '...'}"
     if isinstance(value, (tuple, list)):
         items = [describe(item) for item in value[:4]] + ["..."] * (len(value) > 4)
         return f"{kind} ({', '.join(items)})"
@@ -204,8 +210,8 @@ def check(
         TypeError, ValueError: a wrong argument, with its name, what was expected, what came and what to try.
     """
     q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, seed = arrays
-    if layout != "bhnd" and not (isinstance(layout, str) and layout in LAYOUTS):
-        raise _wrong(ValueError, "layout", LAYOUT_NAMES, layout, LAYOUT_ADVICE)
+    if not (isinstance(layout, str) and layout in LAYOUTS):
+        raise wrong(ValueError, "layout", LAYOUT_NAMES, layout, LAYOUT_ADVICE)
     b, h, hk, i, j, d, dv = _sizes(framework, q, k, v, layout)
     dtype = _qkv_dtype(framework, q, k, v)
 
@@ -228,9 +234,10 @@ def check(
     if q_offset is not None:
         offset, left, right = _offset(framework, q_offset, b, i, j, left, right)
     elif i != j and (is_causal or windowed):
-        raise _wrong(
+        raise wrong(
             ValueError, "q_offset", f"a value, since {i} queries against {j} keys can be aligned in two ways", None,
-            f"Pass q_offset=0 (query t sits at key t, as in torch SDPA and jax.nn) or q_offset=kv_len - q_len, here {j - i} "
+            "Pass q_offset=0 (query t sits at key t, as in torch SDPA and jax.nn) "
+            f"or q_offset=kv_len - q_len, here {j - i} "
             "(the last query sits at the last key, as in flash-attn and cached decoding).")  # fmt: skip
     segments = False
     if q_segment_ids is not None or kv_segment_ids is not None:
@@ -243,13 +250,21 @@ def check(
     if sinks is not None:
         sinks_dtype = _float_array(framework, "sinks", sinks)
         if _shape(sinks) != (h,):
-            raise _wrong(ValueError, "sinks", f"shape (h,) = ({h},)", sinks, "One extra logit for each query head.")
+            raise wrong(ValueError, "sinks", f"shape (h,) = ({h},)", sinks, "One extra logit for each query head.")
     if seed is not None:
         _seed(framework, seed)
     elif dropout > 0:
-        raise _wrong(ValueError, "dropout_seed", "an int in [0, 2**64) or a uint32 array (2,) where dropout > 0", None,
-                     "Pass a fresh seed for each step, or dropout=0 for none.")  # fmt: skip
-    extras = mask is not None or bias is not None or q_offset is not None or segments or sinks is not None or seed is not None
+        raise wrong(ValueError, "dropout_seed", "an int in [0, 2**64) or a uint32 array (2,) where dropout > 0", None,
+                     "Pass a fresh seed for each step, or dropout=0 for none; "
+                     "a Flax module can draw one from its rngs.")  # fmt: skip
+    extras = (
+        mask is not None
+        or bias is not None
+        or q_offset is not None
+        or segments
+        or sinks is not None
+        or seed is not None
+    )
     extras = extras or q_lengths is not None or kv_lengths is not None
     home = framework.device(q)
     if extras or not (framework.device(k) == framework.device(v) == home):
@@ -259,7 +274,9 @@ def check(
         framework.name, framework.platform(q), dtype, b, h, hk, i, j, d, dv, layout, mask, bias, bias_dtype,
         left, right, offset if left is not None or right is not None else "zero", segments,
         q_lengths is not None, kv_lengths is not None, sinks_dtype, softcap, scale, dropout, bool(return_lse),
-        bias is not None and framework.wants_gradient(arrays.bias), flash or None, names,
+        bias is not None and framework.wants_gradient(arrays.bias),
+        bias is not None and any(map(framework.wants_gradient, (q, k, v))),
+        flash or None, names,
     ))  # fmt: skip
 
 
@@ -276,13 +293,20 @@ def check_module(
         TypeError, ValueError: a wrong argument.
     """
     if not (isinstance(layout, str) and layout in LAYOUTS):
-        raise _wrong(ValueError, "layout", LAYOUT_NAMES, layout, LAYOUT_ADVICE)
+        raise wrong(ValueError, "layout", LAYOUT_NAMES, layout, LAYOUT_ADVICE)
     _options(is_causal, window_size, softcap, scale, dropout)
     if flash is not None and flash is not True and flash is not False:
-        raise _wrong(TypeError, "flash", "None, True or False", flash, "None chooses, True allows no q_len x kv_len array, False is einsum.")
+        raise wrong(
+            TypeError,
+            "flash",
+            "None, True or False",
+            flash,
+            "None chooses, True allows no q_len x kv_len array, False is einsum.",
+        )
     if flash is not None and implementation is not None:
-        raise _wrong(ValueError, "implementation", "None where flash is given", implementation,
-                     "flash says what the implementation may do, implementation says which it is: pass one of them.")  # fmt: skip
+        raise wrong(ValueError, "implementation", "None where flash is given", implementation,
+                     "flash says what the implementation may do, implementation says which it is: "
+                     "pass one of them.")  # fmt: skip
     names = _names(implementation, None)
     window = None if window_size is None else (window_size[0], window_size[1])
     return window, implementation if isinstance(implementation, str) else names
@@ -300,11 +324,12 @@ def _options(
     if softcap is not None:
         softcap = _number("softcap", softcap, "Pass None for no softcap.")
         if not softcap > 0:
-            raise _wrong(ValueError, "softcap", "a number > 0", softcap, "Pass None for no softcap.")
+            raise wrong(ValueError, "softcap", "a number > 0", softcap, "Pass None for no softcap.")
+        softcap = softcap if softcap < 1e30 else None  # cap * tanh(x / cap) is x there, and float32 has no 1e39
     if dropout.__class__ is not float or dropout:
         dropout = _number("dropout", dropout, "Pass 0 for no dropout.")
         if not 0 <= dropout < 1:
-            raise _wrong(ValueError, "dropout", "a probability in [0, 1)", dropout, "Pass 0 for no dropout.")
+            raise wrong(ValueError, "dropout", "a probability in [0, 1)", dropout, "Pass 0 for no dropout.")
     return bool(is_causal), left, right, softcap, scale, dropout
 
 
@@ -322,31 +347,37 @@ def canonical(call: Call, arrays: Arrays) -> Arrays:
         q_ids, kv_ids = arrays.q_segment_ids, arrays.kv_segment_ids
         changes["q_segment_ids"] = kv_ids if q_ids is None else q_ids
         changes["kv_segment_ids"] = q_ids if kv_ids is None else kv_ids
-    if arrays.q_offset is not None and call.offset != "data":
-        changes["q_offset"] = None
+    if call.offset != "data":
+        if arrays.q_offset is not None:
+            changes["q_offset"] = None
+    elif is_int(arrays.q_offset) and not -FAR <= arrays.q_offset <= FAR:
+        changes["q_offset"] = FAR if arrays.q_offset > 0 else -FAR
     if arrays.dropout_seed is not None and not call.dropout:
         changes["dropout_seed"] = None
     return arrays._replace(**changes) if changes else arrays
 
 
-def _wrong(error: type[Exception], argument: str, expected: str, got: Any, advice: str) -> Exception:
+def wrong(error: type[Exception], argument: str, expected: str, got: Any, advice: str) -> Exception:
+    """The one form of all texts: which argument, what was expected, what came, what to try."""
     return error(f"{argument}: expected {expected}, got {describe(got)}. {advice}")
 
 
 def _static(argument: str, expected: str, got: Any, advice: str) -> Exception:
     """A TypeError for a static argument; arrays, which a jit would trace, get told apart."""
     if hasattr(got, "shape") and hasattr(got, "dtype") and not isinstance(got, np.generic):
-        expected = f"{expected}: a Python or NumPy scalar, known before anything is compiled"
-    return _wrong(TypeError, argument, expected, got, advice)
+        expected = f"{expected} (known in Python, before anything is compiled)"
+        advice = f"If it is known by then, pass its .tolist(). {advice}"
+    return wrong(TypeError, argument, expected, got, advice)
 
 
 def _shape(array: Any) -> tuple[int, ...]:
     return tuple(array.shape)
 
 
-def _array(framework: Framework, argument: str, value: Any) -> None:
+def check_array(framework: Framework, argument: str, value: Any) -> None:
+    """Raise TypeError unless the value is an array of this framework."""
     if not isinstance(value, framework.arrays):
-        raise _wrong(TypeError, argument, "an array of the framework that is called", value,
+        raise wrong(TypeError, argument, "an array of the framework that is called", value,
                      "attend_torch takes torch tensors, attend_jax takes JAX and NumPy arrays.")  # fmt: skip
 
 
@@ -354,7 +385,7 @@ def _sizes(framework: Framework, q: Any, k: Any, v: Any, layout: str) -> tuple[i
     types = framework.arrays
     if not (isinstance(q, types) and isinstance(k, types) and isinstance(v, types)):
         for name, value in (("q", q), ("k", k), ("v", v)):
-            _array(framework, name, value)
+            check_array(framework, name, value)
             _rank(name, value, layout)
     of_q, of_k, of_v = q.shape, k.shape, v.shape
     if not len(of_q) == len(of_k) == len(of_v) == 4:
@@ -371,7 +402,7 @@ def _sizes(framework: Framework, q: Any, k: Any, v: Any, layout: str) -> tuple[i
 
 def _rank(name: str, value: Any, layout: str) -> None:
     if len(value.shape) != 4:
-        raise _wrong(ValueError, name, f"rank 4, {_letters(name, layout)}", value,
+        raise wrong(ValueError, name, f"rank 4, {_letters(name, layout)}", value,
                      "Split the heads out of the last axis, and add a batch axis if there is none.")  # fmt: skip
 
 
@@ -384,58 +415,65 @@ def _letters(name: str, layout: str) -> str:
 def _wrong_sizes(q: Any, k: Any, v: Any, layout: str, of_q: tuple, of_k: tuple, of_v: tuple) -> None:
     b, h, d = of_q
     kb, hk, j, kd = of_k
-    vb, vh, vj, dv = of_v
-    where = f'in layout "{layout}"'
+    vb, vh, vj, _ = of_v
+    where = f', in layout "{layout}"'
     if not h or not d:
-        raise _wrong(ValueError, "q", f"{_letters('q', layout)} with at least one head and a head size {where}", q,
+        expected = f"{_letters('q', layout)} with at least one head and a head size of at least 1{where}"
+        raise wrong(ValueError, "q", expected, q,
                      "Only batch and lengths may be 0.")  # fmt: skip
     if kb != b or kd != d:
-        raise _wrong(ValueError, "k", f"{_letters('k', layout)} with b = {b} and d = {d} as in q {where}", k,
+        raise wrong(ValueError, "k", f"{_letters('k', layout)} with b = {b} and d = {d} as in q{where}", k,
                      f"q has shape {_shape(q)}; is layout right?")  # fmt: skip
     if vb != b or vh != hk or vj != j:
-        raise _wrong(ValueError, "v", f"{_letters('v', layout)} with b = {b}, hk = {hk} and j = {j} as in k {where}", v,
+        raise wrong(ValueError, "v", f"{_letters('v', layout)} with b = {b}, hk = {hk} and j = {j} as in k{where}", v,
                      f"k has shape {_shape(k)}; is layout right?")  # fmt: skip
     if not hk or h % hk:
-        raise _wrong(ValueError, "k", f"a number of key/value heads that divides the {h} heads of q {where}", k,
+        raise wrong(ValueError, "k", f"a number of key/value heads that divides the {h} heads of q{where}", k,
                      "Query head n reads key/value head n // (h // hk); is layout right?")  # fmt: skip
-    raise _wrong(ValueError, "v", f"a value head size of at least 1 {where}", v, "Only batch and lengths may be 0.")
+    raise wrong(ValueError, "v", f"a value head size of at least 1{where}", v, "Only batch and lengths may be 0.")
 
 
 def _qkv_dtype(framework: Framework, q: Any, k: Any, v: Any) -> str:
     dtype = framework.dtype(q)
     if dtype not in DTYPES:
-        raise _wrong(TypeError, "q", f"one of {', '.join(DTYPES)}", q, "Convert it first.")
+        raise wrong(TypeError, "q", f"one of {', '.join(DTYPES)}", q, "Convert it first.")
     if not k.dtype == v.dtype == q.dtype:
         name, value = ("k", k) if k.dtype != q.dtype else ("v", v)
-        raise _wrong(TypeError, name, f"{dtype}, the dtype of q", value, "Give q, k and v one dtype.")
+        raise wrong(TypeError, name, f"{dtype}, the dtype of q", value, "Give q, k and v one dtype.")
     if dtype == "float64":
-        _needs_float64(framework, "q", q)
+        check_float64(framework, "q", q)
     return dtype
 
 
-def _needs_float64(framework: Framework, argument: str, value: Any) -> None:
+def check_float64(framework: Framework, argument: str, value: Any) -> None:
+    """Raise TypeError where the framework would shrink a float64 array."""
     if not framework.has_float64():
-        raise _wrong(TypeError, argument, "a dtype that JAX keeps", value,
-                     'float64 needs jax.config.update("jax_enable_x64", True); convert to float32 if that is enough.')  # fmt: skip
+        raise wrong(TypeError, argument, "a dtype that JAX keeps", value,
+                     'float64 needs jax.config.update("jax_enable_x64", True); '
+                     "convert to float32 if that is enough.")  # fmt: skip
 
 
 def _float_array(framework: Framework, argument: str, value: Any) -> str:
-    _array(framework, argument, value)
+    check_array(framework, argument, value)
     dtype = framework.dtype(value)
     if dtype not in DTYPES:
         hint = "Pass a boolean array as mask=." if dtype == "bool" else "Convert it first."
-        raise _wrong(TypeError, argument, f"one of {', '.join(DTYPES)}", value, hint)
+        raise wrong(TypeError, argument, f"one of {', '.join(DTYPES)}", value, hint)
     if dtype == "float64":
-        _needs_float64(framework, argument, value)
+        check_float64(framework, argument, value)
     return dtype
 
 
 def _number(argument: str, value: Any, advice: str) -> float:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (float, int, np.floating, np.integer)):
         raise _static(argument, "a number", value, advice)
-    if not math.isfinite(value):
-        raise _wrong(ValueError, argument, "a finite number", value, advice)
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int that no float64 holds
+        number = float("inf")
+    if not -LARGEST <= number <= LARGEST:  # not math.isfinite: torch.compile may have a symbol here
+        raise wrong(ValueError, argument, "a finite number", value, advice)
+    return number
 
 
 def _window(window_size: Any) -> tuple[int | None, int | None]:
@@ -444,15 +482,15 @@ def _window(window_size: Any) -> tuple[int | None, int | None]:
     if not isinstance(window_size, (tuple, list)):
         raise _static("window_size", expected, window_size, advice)
     if len(window_size) != 2:
-        raise _wrong(ValueError, "window_size", expected, window_size, advice)
+        raise wrong(ValueError, "window_size", expected, window_size, advice)
     bounds: list[int | None] = []
     for bound in window_size:
         if bound is not None:
             if isinstance(bound, (bool, np.bool_)) or not isinstance(bound, (int, np.integer)):
                 raise _static("window_size", expected, bound if hasattr(bound, "shape") else window_size, advice)
             if bound < 0:
-                raise _wrong(ValueError, "window_size", expected, window_size, advice)
-            bound = int(bound) if bound < FAR else None
+                raise wrong(ValueError, "window_size", expected, window_size, advice)
+            bound = int(bound) if bound < FAR // 2 else None
         bounds.append(bound)
     return bounds[0], bounds[1]
 
@@ -465,21 +503,29 @@ def _names(implementation: Any, flash: bool | None) -> tuple[str, ...] | None:
     names = (implementation,) if isinstance(implementation, str) else implementation
     listed = ", ".join(f'"{name}"' for name in NAMES)
     if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
-        raise _wrong(TypeError, "implementation", "None, a name, or a sequence of names", implementation, f"The names are {listed}.")
+        raise wrong(
+            TypeError,
+            "implementation",
+            "None, a name, or a sequence of names",
+            implementation,
+            f"The names are {listed}.",
+        )
     if not names or any(name not in NAMES for name in names):
-        raise _wrong(ValueError, "implementation", f"one of {listed}", implementation, "Pass None for the fastest that can.")
+        raise wrong(
+            ValueError, "implementation", f"one of {listed}", implementation, "Pass None for the fastest that can."
+        )
     return tuple(names)
 
 
 def _mask_shape(framework: Framework, mask: Any, b: int, h: int, i: int, j: int) -> tuple[int, ...]:
-    _array(framework, "mask", mask)
+    check_array(framework, "mask", mask)
     if framework.dtype(mask) != "bool":
-        raise _wrong(TypeError, "mask", "bool, where True means may attend", mask,
+        raise wrong(TypeError, "mask", "bool, where True means may attend", mask,
                      "Pass additive scores (0 and -inf, ALiBi) as bias=, and integers as mask != 0.")  # fmt: skip
     shape = _shape(mask)
     if len(shape) == 2:
         if shape[0] not in (1, b) or shape[1] != j:
-            raise _wrong(ValueError, "mask", f"a rank-2 key mask (b, j) = ({b}, {j}) or (1, {j})", mask,
+            raise wrong(ValueError, "mask", f"a rank-2 key mask (b, j) = ({b}, {j}) or (1, {j})", mask,
                          "Write a mask of (query, key) as mask[None, None].")  # fmt: skip
         return (shape[0], 1, 1, j)
     return _rank4("mask", mask, b, h, i, j)
@@ -489,16 +535,17 @@ def _rank4(argument: str, value: Any, b: int, h: int, i: int, j: int) -> tuple[i
     shape = _shape(value)
     if len(shape) != 4:
         ranks = "rank 4, or rank 2 for a key mask" if argument == "mask" else "rank 4"
-        raise _wrong(ValueError, argument, f"{ranks}, against (b, h, i, j) = ({b}, {h}, {i}, {j})", value,
+        raise wrong(ValueError, argument, f"{ranks}, against (b, h, i, j) = ({b}, {h}, {i}, {j})", value,
                      f"Write (i, j) as {argument}[None, None], (b, i, j) as {argument}[:, None], "
                      f"(h, i, j) as {argument}[None], (b, j) as {argument}[:, None, None].")  # fmt: skip
     if any(size not in (1, full) for size, full in zip(shape, (b, h, i, j), strict=True)):
-        raise _wrong(ValueError, argument, f"each axis 1 or full, against (b, h, i, j) = ({b}, {h}, {i}, {j})", value,
+        raise wrong(ValueError, argument, f"each axis 1 or full, against (b, h, i, j) = ({b}, {h}, {i}, {j})", value,
                      "The axes are (b, h, i, j) in both layouts.")  # fmt: skip
     return shape
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
+    """A Python or NumPy integer; a bool is none."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, (bool, np.bool_))
 
 
@@ -506,8 +553,10 @@ def _offset(
     framework: Framework, q_offset: Any, b: int, i: int, j: int, left: int | None, right: int | None
 ) -> tuple[str, int | None, int | None]:
     """The kind of offset, and the bounds without those that it makes vacuous."""
-    if not _is_int(q_offset):
-        _integers(framework, "q_offset", q_offset, ((), (b,)), "() or (b,)", "Query t sits at key position t + q_offset.")
+    if not is_int(q_offset):
+        _integers(
+            framework, "q_offset", q_offset, ((), (b,)), "() or (b,)", "Query t sits at key position t + q_offset."
+        )
         return "data", left, right
     if right is not None and q_offset + right >= j - 1:
         right = None
@@ -516,17 +565,18 @@ def _offset(
     return "zero" if q_offset == 0 else "end" if q_offset == j - i else "data", left, right
 
 
-def _integers(framework: Framework, argument: str, value: Any, shapes: tuple[tuple[int, ...], ...], letters: str, advice: str) -> None:
-    sizes = " or ".join(str(shape) for shape in shapes)
-    expected = f"integers of shape {letters}" + (f" = {sizes}" if sizes != letters else "")
+def _integers(
+    framework: Framework, argument: str, value: Any, shapes: tuple[tuple[int, ...], ...], letters: str, advice: str
+) -> None:
+    expected = f"integers of shape {letters} = {shapes[-1]}"
+    if argument == "q_offset":
+        expected = f"an int, or {expected}"
     if not isinstance(value, framework.arrays):
-        if argument == "q_offset":
-            expected = f"an int, or {expected}"
-        raise _wrong(TypeError, argument, expected, value, advice)
+        raise wrong(TypeError, argument, expected, value, advice)
     if not framework.dtype(value).startswith(("int", "uint")):
-        raise _wrong(TypeError, argument, expected, value, advice)
+        raise wrong(TypeError, argument, expected, value, advice)
     if _shape(value) not in shapes:
-        raise _wrong(ValueError, argument, expected, value, advice)
+        raise wrong(ValueError, argument, expected, value, advice)
 
 
 def _segments(framework: Framework, q_ids: Any, kv_ids: Any, b: int, i: int, j: int) -> bool:
@@ -536,8 +586,10 @@ def _segments(framework: Framework, q_ids: Any, kv_ids: Any, b: int, i: int, j: 
     if kv_ids is not None:
         _integers(framework, "kv_segment_ids", kv_ids, ((b, j),), "(b, j)", advice)
     if i != j and (q_ids is None or kv_ids is None):
-        missing, letters = ("q_segment_ids", f"(b, i) = ({b}, {i})") if q_ids is None else ("kv_segment_ids", f"(b, j) = ({b}, {j})")
-        raise _wrong(ValueError, missing, f"integers of shape {letters}", None,
+        missing, letters = (
+            ("q_segment_ids", f"(b, i) = ({b}, {i})") if q_ids is None else ("kv_segment_ids", f"(b, j) = ({b}, {j})")
+        )
+        raise wrong(ValueError, missing, f"integers of shape {letters}", None,
                      "One side may stand for both only where there are as many queries as keys.")  # fmt: skip
     return True
 
@@ -545,19 +597,19 @@ def _segments(framework: Framework, q_ids: Any, kv_ids: Any, b: int, i: int, j: 
 def _seed(framework: Framework, seed: Any) -> None:
     expected = "an int in [0, 2**64) or a uint32 array (2,) = (low, high)"
     advice = "Split a 64-bit seed as (seed % 2**32, seed // 2**32); convert.seed_from_key takes a JAX key."
-    if _is_int(seed):
+    if is_int(seed):
         if not 0 <= seed < 2**64:
-            raise _wrong(ValueError, "dropout_seed", expected, seed, advice)
+            raise wrong(ValueError, "dropout_seed", expected, seed, advice)
         return
     if not isinstance(seed, framework.arrays):
-        raise _wrong(TypeError, "dropout_seed", expected, seed, advice)
+        raise wrong(TypeError, "dropout_seed", expected, seed, advice)
     dtype = framework.dtype(seed)
     if framework.takes_int64_seed and dtype == "int64" and _shape(seed) == ():
         return
     if dtype != "uint32":
-        raise _wrong(TypeError, "dropout_seed", expected, seed, advice)
+        raise wrong(TypeError, "dropout_seed", expected, seed, advice)
     if _shape(seed) != (2,):
-        raise _wrong(ValueError, "dropout_seed", expected, seed, advice)
+        raise wrong(ValueError, "dropout_seed", expected, seed, advice)
 
 
 def _same_device(framework: Framework, arrays: Arrays, home: Any) -> None:
@@ -566,5 +618,10 @@ def _same_device(framework: Framework, arrays: Arrays, home: Any) -> None:
         if not isinstance(value, framework.arrays):
             continue
         place = framework.device(value)
-        if place != home and place is not None and home is not None and not (str(place) == "cpu" and _shape(value) == ()):
+        if (
+            place != home
+            and place is not None
+            and home is not None
+            and not (str(place) == "cpu" and _shape(value) == ())
+        ):
             raise ValueError(f"{name}: expected device {home}, where q is, got {place}. Move it there first.")

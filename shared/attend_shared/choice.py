@@ -82,10 +82,10 @@ def choose(table: Sequence[Entry], call: Call) -> Entry:
             if refusal(entry, call) is None:
                 return entry
     reasons = []
-    for name, entry in _asked(table, call):
-        reason = refusal(entry, call) if entry else f"attend_{call.framework} has no implementation of this name"
-        if reason is None and entry:
-            return entry
+    for name, asked in _asked(table, call):
+        reason = refusal(asked, call) if asked else f"attend_{call.framework} has no implementation of this name"
+        if reason is None and asked:
+            return asked
         reasons.append((name, str(reason)))
     raise UnsupportedError(tuple(reasons))
 

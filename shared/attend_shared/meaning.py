@@ -12,7 +12,8 @@ from typing import Any
 from attend_shared.call import Arrays, Call
 
 
-def _and(a: Any, b: Any) -> Any:
+def both(a: Any, b: Any) -> Any:
+    """Both conditions, of which the first may be None: no condition."""
     return b if a is None else a & b
 
 
@@ -23,7 +24,7 @@ def offset_of(call: Call, arrays: Arrays) -> Any:
     if call.offset == "end":
         return call.j - call.i
     offset = arrays.q_offset
-    return offset[:, None, None, None] if len(getattr(offset, "shape", ())) == 1 else offset
+    return offset if isinstance(offset, int) or len(offset.shape) == 0 else offset[:, None, None, None]
 
 
 def structured(call: Call, arrays: Arrays, query: Any, key: Any) -> Any:
@@ -44,13 +45,13 @@ def structured(call: Call, arrays: Arrays, query: Any, key: Any) -> Any:
         if call.right is not None:
             allowed = ahead - call.right <= offset
         if call.left is not None:
-            allowed = _and(allowed, ahead + call.left >= offset)
+            allowed = both(allowed, ahead + call.left >= offset)
     if call.segments:
-        allowed = _and(allowed, arrays.q_segment_ids[:, None, :, None] == arrays.kv_segment_ids[:, None, None, :])
+        allowed = both(allowed, arrays.q_segment_ids[:, None, :, None] == arrays.kv_segment_ids[:, None, None, :])
     if call.kv_lengths:
-        allowed = _and(allowed, (key < arrays.kv_lengths[:, None])[:, None, None, :])
+        allowed = both(allowed, (key < arrays.kv_lengths[:, None])[:, None, None, :])
     if call.q_lengths:
-        allowed = _and(allowed, (query < arrays.q_lengths[:, None])[:, None, :, None])
+        allowed = both(allowed, (query < arrays.q_lengths[:, None])[:, None, :, None])
     return allowed
 
 
@@ -62,21 +63,21 @@ def allowed(call: Call, arrays: Arrays, query: Any, key: Any) -> Any:
     """
     result = structured(call, arrays, query, key)
     if arrays.mask is not None:
-        result = _and(result, arrays.mask)
+        result = both(result, arrays.mask)
     if arrays.bias is not None:
-        result = _and(result, arrays.bias != float("-inf"))
+        result = both(result, arrays.bias != float("-inf"))
     return result
 
 
-def excluded_keys(call: Call, arrays: Arrays, key: Any) -> Any:
+def excluded_keys(call: Call, arrays: Arrays, key: Any, contains: Callable[[Any, Any], Any]) -> Any:
     """Keys that a key mask, a length or a segment id excludes for their whole batch item: bool (b|1, j), or None."""
     kept = None
     if call.key_masked:
         kept = arrays.mask[:, 0, 0, :]
     if call.kv_lengths:
-        kept = _and(kept, key < arrays.kv_lengths[:, None])
+        kept = both(kept, key < arrays.kv_lengths[:, None])
     if call.segments:
-        kept = _and(kept, (arrays.q_segment_ids[:, :, None] == arrays.kv_segment_ids[:, None, :]).any(1))
+        kept = both(kept, contains(arrays.q_segment_ids, arrays.kv_segment_ids))
     return None if kept is None else ~kept
 
 
@@ -85,7 +86,14 @@ def dead_queries(call: Call, arrays: Arrays, query: Any) -> Any:
     return (query >= arrays.q_lengths[:, None]) if call.q_lengths else None
 
 
-def hide(call: Call, arrays: Arrays, query: Any, key: Any, where: Callable[[Any, Any, Any], Any]) -> Arrays:
+def hide(
+    call: Call,
+    arrays: Arrays,
+    query: Any,
+    key: Any,
+    where: Callable[[Any, Any, Any], Any],
+    contains: Callable[[Any, Any], Any],
+) -> Arrays:
     """Put zeros where nothing may leak from, so that NaN and Inf there change neither output nor gradient.
 
     A product with weight 0 is not enough: 0 * NaN is NaN. This copies k and v where keys may be excluded, and q where
@@ -95,8 +103,9 @@ def hide(call: Call, arrays: Arrays, query: Any, key: Any, where: Callable[[Any,
         call, arrays: canonical.
         query, key: integers (i,) and (j,).
         where: the framework's `where(condition, a, b)`.
+        contains: the framework's `contains(ids, wanted)`: which of wanted (b, m) are among the item's ids (b, n).
     """
-    keys = excluded_keys(call, arrays, key)
+    keys = excluded_keys(call, arrays, key, contains)
     if keys is not None:
         gone = keys[:, None, :, None]  # (b|1, 1, j, 1)
         arrays = arrays._replace(k=where(gone, 0, arrays.k), v=where(gone, 0, arrays.v))

@@ -1,0 +1,461 @@
+"""The command `attend`: demo, parity, explain. Frameworks are loaded where they are asked for, and only those."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from attend_shared import cases, demo, parity, pictures, report, wrong_calls
+from attend_shared.call import DTYPES, LAYOUTS, NAMES
+from attend_shared.cases import Case
+from attend_shared.parity import CHECKS, EVERYTHING, FRAMEWORKS, Difference, Result, Summary, Twin
+
+__all__ = ["main"]
+
+SHOWN = 5  # failures that are printed in full
+STYLES = {"ok": "green", "passed": "green", "failed": "bold red", "refused": "dim"}
+
+
+class Wrong(click.ClickException):
+    """What was asked for cannot be done: one line, exit status 2."""
+
+    exit_code = 2
+
+
+class Shape(click.ParamType):
+    """Sizes with commas between them: 1,8,1024,64."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """A tuple of sizes."""
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).strip("()[] ").split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            self.fail(f"expected sizes like 1,8,1024,64, got {value!r}", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+class Window(click.ParamType):
+    """left,right, each a whole number or none."""
+
+    name = "left,right"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int | None, ...]:
+        """The tuple that `attend` takes; its checks say what is wrong with the numbers."""
+        if isinstance(value, tuple):
+            return value
+        parts = [part.strip().lower() for part in str(value).strip("() ").split(",")]
+        if not all(part == "none" or part.removeprefix("-").isdecimal() for part in parts):
+            self.fail(f"expected two numbers or none, like 127,0 or none,0, got {value!r}", param, ctx)
+        return tuple(None if part == "none" else int(part) for part in parts)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("attend-twin")
+    except metadata.PackageNotFoundError:
+        return "not installed as a distribution"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(_version(), prog_name="attend")
+def main() -> None:
+    """One attention call with one answer in PyTorch and in JAX."""
+
+
+# attend parity
+
+
+@main.command("parity")
+@click.option(
+    "--framework",
+    "frameworks",
+    multiple=True,
+    type=click.Choice(FRAMEWORKS),
+    help="Only this one; may be given again. Default: those that are installed.",
+)
+@click.option(
+    "--implementation", "implementations", multiple=True, metavar="NAME", help="Only this one; may be given again."
+)
+@click.option(
+    "--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), help="Only cases of this one; may be given again."
+)
+@click.option(
+    "--device", type=click.Choice(("cpu", "cuda")), default="cpu", show_default=True, help="Where to compute."
+)
+@click.option(
+    "--case",
+    "pattern",
+    default="",
+    metavar="PATTERN",
+    help="Only this case; or those in whose name or features every word of PATTERN occurs, and no !word; "
+    f'or "{CHECKS}": only the calls that must raise.',
+)
+@click.option(
+    "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to this file."
+)
+@click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to this file.")
+def parity_command(
+    frameworks: tuple[str, ...],
+    implementations: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    device: str,
+    pattern: str,
+    json_file: Path | None,
+    html_file: Path | None,
+) -> None:
+    """Run every case on every implementation, against the oracle and across the frameworks.
+
+    Exit status: 0 if all is as it should be, 1 if anything is not, 2 if it cannot be run.
+    """  # fmt: skip
+    for file in (json_file, html_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise Wrong(f"{file}: there is no folder {file.parent} to write it to.")
+    chosen = _cases(pattern, dtypes)
+    calls = wrong_calls.WRONG_CALLS if pattern in ("", CHECKS) and not implementations and not dtypes else ()
+    _settle(device)
+    twins, missing = _load(frameworks)
+    names = [it.name for twin in twins for it in twin.table]
+    for name in implementations:
+        if name not in names:
+            raise Wrong(f"--implementation: expected one of {', '.join(dict.fromkeys(names))}, got {name!r}.")
+    try:
+        place = parity.where(twins, device)
+    except ValueError as error:
+        raise Wrong(f"--device: {error}") from error
+    versions = parity.versions(twins)
+    out = _console()
+    for line in (place, ", ".join(f"{name} {version}" for name, version in versions.items()), *missing):
+        _say(out, line, "dim")
+
+    started = time.perf_counter()
+    results: list[Result] = []
+    checks: list[Result] = []
+    differences: list[Difference] = []
+    with _progress() as progress:
+        task = progress.add_task("parity", total=len(chosen) + len(calls) * len(twins))
+        for result in parity.call_wrongly(twins, device, calls):
+            checks.append(result)
+            progress.update(task, advance=1, description=CHECKS)
+        for each in parity.run(twins, chosen, device, implementations):
+            results += each.results
+            differences += each.differences
+            progress.update(task, advance=1, description=each.case.level("shape"))
+    run = report.Run(
+        place, versions, tuple(missing), (*results, *checks), tuple(differences), time.perf_counter() - started
+    )
+
+    _print_run(out, run)
+    if json_file is not None:
+        report.write(json_file, json.dumps(report.as_json(run), indent=1, allow_nan=False) + "\n")
+    if html_file is not None:
+        report.write(html_file, report.as_html(run))
+    for file in (json_file, html_file):
+        if file is not None:
+            _say(out, f"written: {file}", "dim")
+    if run.failures:
+        raise SystemExit(1)
+
+
+def _cases(pattern: str, dtypes: Sequence[str]) -> tuple[Case, ...]:
+    """The cases that are asked for: one by its name, listed or not, or those that a pattern describes."""
+    if pattern == CHECKS:
+        return ()
+    listed = cases.select("")
+    chosen = tuple(case for case in listed if case.name == pattern) or cases.select(pattern)
+    if not chosen:
+        try:
+            chosen = (cases.find(pattern),)
+        except ValueError as error:
+            raise Wrong(f"--case: no case is described by {pattern!r}. As a name: {error}") from error
+    kept = tuple(case for case in chosen if not dtypes or case.level("dtype") in dtypes)
+    if not kept:
+        raise Wrong(f"--dtype: none of the {len(chosen)} cases is {' or '.join(dtypes)}.")
+    return kept
+
+
+def _settle(device: str) -> None:
+    """What JAX reads once, when it is loaded: a GPU is shared with torch, and left alone where it is not asked for."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if device == "cpu":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _load(frameworks: Sequence[str]) -> tuple[list[Twin], list[str]]:
+    """The frameworks that are there, and what to say of those that are not; asked for by name, one must be there."""
+    twins, missing = [], []
+    for framework in dict.fromkeys(frameworks) or FRAMEWORKS:
+        try:
+            twins.append(parity.load(framework))
+        except parity.MissingError as error:
+            if frameworks:
+                raise Wrong(f"--framework: {error}") from error
+            missing.append(str(error))
+    if not twins:
+        raise Wrong("\n".join(["No framework is installed.", *missing]))
+    return twins, missing
+
+
+def _print_run(out: Console, run: report.Run) -> None:
+    table = _table(("implementation", "feature", "#cases", "#refused", "#error/budget", "verdict", "#seconds"))
+    previous = None
+    for row in run.summaries:
+        whole = row.feature == EVERYTHING
+        name = (row.framework, row.implementation)
+        if name != previous:
+            table.add_section()
+            nothing = whole and row.verdict == "refused"  # its rows would say the same over and over
+        if whole or not nothing:
+            table.add_row(" ".join(name) if name != previous else "", *_cells(row), style="bold" if whole else None)
+        previous = name
+    out.print(table)
+    if run.apart:
+        table = _table(
+            ("one framework", "the other", "#cases", "#difference/budget", "worst in"), "Between the frameworks"
+        )
+        for apart in run.apart:
+            where = f"{apart.worst.worst} {apart.worst.case}".strip()
+            table.add_row(apart.first, apart.second, str(apart.cases), report.number(apart.worst.share), Text(where))
+        out.print(table)
+    refused = parity.reasons(run.results)
+    if refused:
+        table = _table(("implementation", "#cases", "reason"), "Refused")
+        for framework, implementation, reason, n in refused:
+            table.add_row(f"{framework} {implementation}", str(n), Text(reason))
+        out.print(table)
+    for result in run.failures[:SHOWN]:
+        _say(out, f"{result.framework} {result.implementation}: {result.case}", STYLES["failed"])
+        _say(out, f"{result.text}\n")
+        _say(out, f"again: {report.repeat(result)}\n", "dim")
+    if len(run.failures) > SHOWN:
+        _say(out, f"and {len(run.failures) - SHOWN} more, all of them in the files of --json and --html\n")
+    _say(out, run.verdict, STYLES["failed" if run.failures else "ok"])
+
+
+def _cells(row: Summary) -> tuple[str | Text, ...]:
+    verdict = f"{row.failed} failed" if row.failed else row.verdict
+    error = report.number(row.share) if row.worst else ""
+    refused = str(row.refused) if row.refused else ""
+    return row.feature, str(row.cases), refused, error, Text(verdict, STYLES[row.verdict]), f"{row.seconds:.1f}"
+
+
+# attend explain
+
+
+@main.command("explain")
+@click.option("--framework", required=True, type=click.Choice(FRAMEWORKS))
+@click.option("--q", required=True, type=Shape(), help="For example 1,8,1024,64.")
+@click.option("--k", type=Shape(), help="Default: as q.")
+@click.option("--v", type=Shape(), help="Default: as k.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of q, k, v and sinks.")
+@click.option("--layout", type=click.Choice(LAYOUTS), default="bhnd", show_default=True)
+@click.option("--mask", type=Shape(), help="A boolean mask: b,j or rank 4.")
+@click.option("--bias", type=Shape(), help="A bias, rank 4.")
+@click.option("--bias-dtype", type=click.Choice(DTYPES), help="Default: as q.")
+@click.option("--causal", is_flag=True)
+@click.option("--window", type=Window(), help="window_size, for example 127,0 or none,0.")
+@click.option("--q-offset", metavar="INT|data", help="An int, or data for an integer array (b,).")
+@click.option("--segments", is_flag=True, help="Segment ids of queries and keys.")
+@click.option("--q-lengths", is_flag=True)
+@click.option("--kv-lengths", is_flag=True)
+@click.option("--sinks", is_flag=True)
+@click.option("--softcap", type=float)
+@click.option("--scale", type=float)
+@click.option("--dropout", type=float, default=0.0, help="With a seed.")
+@click.option("--lse", is_flag=True, help="return_lse.")
+@click.option(
+    "--implementation",
+    "implementations",
+    multiple=True,
+    type=click.Choice(NAMES),
+    help="Ask for this one; given again, for the first that can.",
+)
+@click.option("--device", type=click.Choice(("cpu", "cuda")), help="Default: the GPU, where there is one.")
+def explain_command(framework: str, device: str | None, **options: Any) -> None:
+    """Which implementation a call gets, and why the others do not serve it. Only shapes are needed.
+
+    Exit status: 0 if the call is right, 2 if an argument is wrong.
+    """
+    _settle("" if device is None else device)
+    try:
+        twin = parity.load(framework)
+    except parity.MissingError as error:
+        raise Wrong(str(error)) from error
+    there = twin.bridge.devices()
+    if device is not None and framework == "jax" and device not in there:
+        raise Wrong(f"--device: JAX runs on {', '.join(there)} here.")
+    float64 = "float64" in (options["dtype"], options["bias_dtype"])
+    with parity.shapes(framework, device or there[-1], float64) as shape:
+        try:
+            explanation = twin.package.explain(**_arguments(shape, **options))
+        except (TypeError, ValueError) as error:
+            raise Wrong(str(error)) from error
+    click.echo(str(explanation))
+
+
+def _arguments(
+    shape: Any, *, q: tuple[int, ...], k: tuple[int, ...] | None, v: tuple[int, ...] | None, dtype: str, layout: str,
+    mask: tuple[int, ...] | None, bias: tuple[int, ...] | None, bias_dtype: str | None, causal: bool, window: Any,
+    q_offset: str | None, segments: bool, q_lengths: bool, kv_lengths: bool, sinks: bool, softcap: float | None,
+    scale: float | None, dropout: float, lse: bool, implementations: tuple[str, ...],
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments of `explain`, their arrays made by `shape`."""
+    k = q if k is None else k
+    v = k if v is None else v
+    # Sizes of what follows from q and k; with a wrong rank the checks never get that far.
+    heads, length = (1, 2) if layout == "bhnd" else (2, 1)
+    b, h, i, j = ((*q, 0, 0, 0)[0], (*q, 0, 0, 0)[heads], (*q, 0, 0, 0)[length], (*k, 0, 0, 0)[length])
+    found: dict[str, Any] = {
+        "q": shape(q, dtype), "k": shape(k, dtype), "v": shape(v, dtype), "is_causal": causal, "window_size": window,
+        "softcap": softcap, "scale": scale, "dropout": dropout, "return_lse": lse, "layout": layout,
+        "implementation": implementations or None,
+    }  # fmt: skip
+    if mask is not None:
+        found["mask"] = shape(mask, "bool")
+    if bias is not None:
+        found["bias"] = shape(bias, bias_dtype or dtype)
+    if q_offset is not None:
+        found["q_offset"] = shape((b,), "int32") if q_offset == "data" else _int(q_offset)
+    if segments:
+        found |= {"q_segment_ids": shape((b, i), "int32"), "kv_segment_ids": shape((b, j), "int32")}
+    if q_lengths:
+        found["q_lengths"] = shape((b,), "int32")
+    if kv_lengths:
+        found["kv_lengths"] = shape((b,), "int32")
+    if sinks:
+        found["sinks"] = shape((h,), dtype)
+    if dropout:
+        found["dropout_seed"] = 0
+    return found
+
+
+def _int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise Wrong(f"--q-offset: expected an int or data, got {text!r}.") from error
+
+
+# attend demo
+
+
+@main.command("demo")
+@click.option(
+    "--out",
+    "folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("demo-output"),
+    show_default=True,
+    help="Where to write demo.png and demo.json.",
+)
+def demo_command(folder: Path) -> None:
+    """Embed sentences with MiniLM on attend, and hold every attention call of it against the oracle.
+
+    Exit status: 0 if everything is within its budget, 1 if not, 2 if it cannot be run.
+    """
+    _settle("cpu")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    started = time.perf_counter()
+    out = _console()
+    try:
+        with _progress() as progress:
+            task = progress.add_task("loading", total=demo.STEPS)
+            done = itertools.count()
+            found = demo.run(lambda text: progress.update(task, completed=next(done), description=text))
+            folder.mkdir(parents=True, exist_ok=True)
+            pictures.draw(found, folder / "demo.png")
+            report.write(folder / "demo.json", json.dumps(demo.as_json(found), indent=1, allow_nan=False) + "\n")
+    except demo.MissingError as error:
+        raise Wrong(str(error)) from error
+    _print_demo(out, found, time.perf_counter() - started)
+    _say(out, f"written: {folder / 'demo.png'}, {folder / 'demo.json'}", "dim")
+    if not found.passed:
+        raise SystemExit(1)
+
+
+def _print_demo(out: Console, found: demo.Demo, seconds: float) -> None:
+    _say(out, ", ".join(f"{name} {version}" for name, version in found.versions.items()), "dim")
+    table = _table(("#", "sentence", "#tokens", "#padding", "#nearest", "#similarity"), "What the embeddings say")
+    for n, (sentence, tokens) in enumerate(zip(found.sentences, found.tokens, strict=True)):
+        padding = tokens.count("[PAD]")
+        others = found.similarities[n].copy()
+        others[n] = -1.0
+        nearest = int(others.argmax())
+        real = str(len(tokens) - padding)
+        table.add_row(str(n + 1), Text(sentence), real, str(padding or ""), str(nearest + 1), f"{others[nearest]:.3f}")
+    out.print(table)
+    table = _table(("what", "#off by", "#limit", "verdict"), "The whole model")
+    for check in found.checks:
+        verdict = "ok" if check.passed else "failed"
+        numbers = (f"{x:.1e}" if x else "0" for x in (check.error, check.limit))
+        table.add_row(Text(check.name), *numbers, Text(verdict, STYLES[verdict]))
+    out.print(table)
+    rows = demo.rows(found)
+    layers = list(dict.fromkeys(result.case for result in found.results))
+    heads = ("implementation", *(f"#{layer}" for layer in layers), "verdict", "#seconds")
+    table = _table(heads, "Every attention call of it, forward and backward: the worst error as a share of its budget")
+    for row in rows:
+        shares = ("" if share is None else report.number(share) for share in row.shares)
+        table.add_row(
+            f"{row.framework} {row.implementation}",
+            *shares,
+            Text(row.verdict, STYLES[row.verdict]),
+            f"{row.seconds:.1f}",
+        )
+    out.print(table)
+    for row in rows:
+        if row.text is not None:
+            _say(out, f"{row.framework} {row.implementation}: {row.verdict}\n  {row.text}\n", STYLES[row.verdict])
+    held = sum(result.verdict == "ok" for result in found.results)
+    verdict = f"passed: {held} attention calls within their budgets" if found.passed else "FAILED: see above"
+    _say(out, f"{verdict}, in {seconds:.0f} s", STYLES["ok" if found.passed else "failed"])
+
+
+# What they share.
+
+
+def _console() -> Console:
+    """Standard output; what is not a terminal has no width to keep to."""
+    console = Console(highlight=False, soft_wrap=False)
+    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 120))
+
+
+def _progress() -> Progress:
+    """A bar on standard error that leaves nothing behind."""
+    columns = (TextColumn("{task.description:18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    left = (TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, *left, console=Console(stderr=True), transient=True)
+
+
+def _say(out: Console, text: str, style: str = "") -> None:
+    """Text as it is, its lines left whole so that they can be copied."""
+    out.print(Text(text, style), soft_wrap=True)
+
+
+def _table(heads: Sequence[str], title: str | None = None) -> Table:
+    """An empty table; a head with "#" before it is a column of numbers."""
+    table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False)
+    for head in heads:
+        justify: Any = "right" if head.startswith("#") else "left"
+        table.add_column(head.lstrip("#"), justify=justify, overflow="fold")
+    return table
+
+
+if __name__ == "__main__":
+    main()
