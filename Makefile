@@ -11,7 +11,7 @@ PYTHON ?= $(shell for python in python3.11 python3 python; do \
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint fix hooks wheel clean wheels
+.PHONY: help demo test bench lint fix hooks wheel clean wheels
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
@@ -21,6 +21,9 @@ demo: wheels  ## embed real sentences with MiniLM and hold every attention call 
 
 test: wheels  ## run the whole suite: tests, doctests, lint and types
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+bench: wheels  ## measure time and memory on this CPU against other attentions (docs/benchmarks-cpu.md)
+	$(BIN)/python -m benchmarks.cpu $(ARGS)
 
 lint: $(READY)  ## ruff and mypy alone
 	$(BIN)/ruff check .

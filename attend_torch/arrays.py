@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from attend_shared import meaning
-from attend_shared.call import Arrays, Call, Framework
+from attend_shared.call import FAR, Arrays, Call, Framework
 
 _NAMES = {
     getattr(torch, name): name
@@ -38,12 +39,15 @@ FRAMEWORK = Framework(
 
 def signed(arrays: Arrays) -> Arrays:
     """Unsigned integers as int64: torch compares and subtracts few of the unsigned ones."""
-    names = ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths")
-    wide = {
-        name: value.long()
-        for name in names
-        if isinstance(value := getattr(arrays, name), torch.Tensor) and not value.dtype.is_signed
-    }
+    wide = {}
+    for name in ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths"):
+        value = getattr(arrays, name)
+        if isinstance(value, torch.Tensor) and not value.dtype.is_signed:
+            wide[name] = value.long()
+            if value.dtype == torch.uint64 and not name.endswith(
+                "ids"
+            ):  # what int64 does not hold lies beyond every key
+                wide[name] = torch.where(wide[name] < 0, FAR, wide[name])
     return arrays._replace(**wide) if wide else arrays
 
 
@@ -53,15 +57,33 @@ def indices(call: Call, arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.arange(call.i, device=device), torch.arange(call.j, device=device)
 
 
+def positions(length: int, integers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices up to a length, and integers to compare them with, both int64."""
+    return torch.arange(length, device=integers.device), integers.long()
+
+
 def allowed(call: Call, arrays: Arrays) -> torch.Tensor | None:
     """`meaning.allowed` for the whole call: bool, broadcastable to (b, h, i, j), or None."""
     return meaning.allowed(call, arrays, *indices(call, arrays))
 
 
+def contains(ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Which of wanted (b, m) are among ids (b, n), in memory linear in both: bool (b, m).
+
+    Sorted together, ids before wanted where equal, an element is present if the nearest of ids before it is its equal.
+    """
+    n = ids.shape[1]
+    values, order = torch.sort(torch.cat([ids, wanted], 1), stable=True)
+    place = torch.arange(order.shape[1], device=ids.device).expand(order.shape)
+    nearest = torch.where(order < n, place, -1).cummax(1).values
+    found = (values.gather(1, nearest.clamp(min=0)) == values) & (nearest >= 0)
+    return torch.zeros_like(found).scatter(1, order, found)[:, n:]
+
+
 def hide(call: Call, arrays: Arrays) -> Arrays:
     """`meaning.hide` for the whole call."""
     if call.key_masked or call.kv_lengths or call.segments or call.q_lengths:
-        return meaning.hide(call, arrays, *indices(call, arrays), torch.where)
+        return meaning.hide(call, arrays, *indices(call, arrays), torch.where, contains)
     return arrays
 
 

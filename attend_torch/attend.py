@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from attend_shared import choice
 from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.choice import Explanation, Implementation
 from attend_shared.merging import check_merge, merge_parts
-
 from attend_torch.arrays import FRAMEWORK, device_type, signed
 from attend_torch.implementations import table
 from attend_torch.philox import seed_words
@@ -119,18 +119,19 @@ def attend(
         (2024): softcap. Xiao et al., Efficient streaming language models with attention sinks (2023). Salmon et al.,
         Parallel random numbers: as easy as 1, 2, 3 (2011): dropout.
     """
-    arrays = Arrays(q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed)
+    arrays = Arrays(
+        q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
+    )
     return run(arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation)
 
 
 def run(arrays: Arrays, *options: Any) -> Any:
     """What `attend` and `Attend` share: the data, and the options in the order in which `check` takes them."""
-    q = arrays.q
-    if isinstance(q, torch.Tensor) and not q.is_meta and torch.is_autocast_enabled(kind := device_type(q)):
+    if kind := _autocasts(arrays.q):
         with torch.autocast(kind, enabled=False):
             return run(_autocast(arrays, torch.get_autocast_dtype(kind)), *options)
     call = check(FRAMEWORK, arrays, *options)
-    out, lse = choice.choose(table(), call).module.attend(call, _canonical(call, arrays))
+    out, lse = choice.choose(table(call), call).module.attend(call, _canonical(call, arrays))
     if call.layout == "bnhd":
         out = out.transpose(1, 2)
     return (out, lse) if call.return_lse else out
@@ -143,6 +144,13 @@ def _canonical(call: Call, arrays: Arrays) -> Arrays:
     if call.dropout:
         arrays = arrays._replace(dropout_seed=seed_words(arrays.dropout_seed, arrays.q.device))
     return arrays
+
+
+def _autocasts(q: Any) -> str | None:
+    """The type of the device of q where autocast is on for it."""
+    if isinstance(q, torch.Tensor) and not q.is_meta and torch.is_autocast_enabled(kind := device_type(q)):
+        return kind
+    return None
 
 
 def _autocast(arrays: Arrays, dtype: torch.dtype) -> Arrays:
@@ -158,9 +166,9 @@ def _autocast(arrays: Arrays, dtype: torch.dtype) -> Arrays:
 def explain(
     q: Any, k: Any, v: Any, mask: Any = None, *, bias: Any = None, is_causal: bool = False, q_offset: Any = None,
     window_size: tuple[int | None, int | None] | None = None, q_segment_ids: Any = None, kv_segment_ids: Any = None,
-    q_lengths: Any = None, kv_lengths: Any = None, sinks: Any = None, softcap: float | None = None, scale: float | None = None,
-    dropout: float = 0.0, dropout_seed: Any = None, return_lse: bool = False, layout: str = "bhnd",
-    implementation: str | Sequence[str] | None = None,
+    q_lengths: Any = None, kv_lengths: Any = None, sinks: Any = None, softcap: float | None = None,
+    scale: float | None = None, dropout: float = 0.0, dropout_seed: Any = None, return_lse: bool = False,
+    layout: str = "bhnd", implementation: str | Sequence[str] | None = None,
 ) -> Explanation:  # fmt: skip
     """Which implementation `attend` would take for these arguments, and why the others do not serve them.
 
@@ -185,9 +193,13 @@ def explain(
     References:
         docs/implementations.md: what each implementation can do.
     """
-    arrays = Arrays(q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed)
+    arrays = Arrays(
+        q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
+    )
+    if kind := _autocasts(q):
+        arrays = _autocast(arrays, torch.get_autocast_dtype(kind))
     call = check(FRAMEWORK, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation)
-    return choice.explain(table(), call)
+    return choice.explain(table(call), call)
 
 
 def implementations() -> tuple[Implementation, ...]:
@@ -198,7 +210,7 @@ def implementations() -> tuple[Implementation, ...]:
         one that the caller passed; reason says why it is not available, or is None.
 
     Example:
-        >>> implementations()[-1]
+        >>> {each.name: each for each in implementations()}["einsum"]
         Implementation(name='einsum', fused=False, available=True, reason=None)
 
     References:

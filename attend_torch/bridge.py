@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from attend_shared.cases import Problem
 from attend_shared.compare import Outcome
-
 from attend_torch.attend import attend
 from attend_torch.implementations import table
 
@@ -35,7 +35,10 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
     """
     arguments = _tensors(problem, device)
     leaves = {name: arguments[name].requires_grad_() for name in problem.dtypes}
-    inputs = {**arguments, **{name: _lay_out(name, leaves[name], problem.memory) for name in ("q", "k", "v")}}
+    inputs: dict[str, Any] = {
+        **arguments,
+        **{name: _lay_out(name, leaves[name], problem.memory) for name in ("q", "k", "v")},
+    }
     wants_lse = problem.lse_cotangent is not None
     result = attend(**inputs, implementation=implementation, return_lse=wants_lse)
     out, lse = result if wants_lse else (result, None)
@@ -57,7 +60,10 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
 
 def call(arguments: dict[str, Any], device: str = "cpu") -> Any:
     """`attend` on NumPy arguments as they are, for calls that must raise."""
-    return attend(**{name: torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x for name, x in arguments.items()})
+    given: dict[str, Any] = {
+        name: torch.from_numpy(x).to(device) if isinstance(x, np.ndarray) else x for name, x in arguments.items()
+    }
+    return attend(**given)
 
 
 def implementations() -> tuple[str, ...]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from attend_shared import convert
 
-from attend_torch.arrays import FRAMEWORK
+from attend_shared import convert
+from attend_torch.arrays import FRAMEWORK, positions
 
 
 def mask_from_additive(additive: torch.Tensor, *, threshold: float = -1000.0) -> torch.Tensor:
@@ -93,8 +93,7 @@ def segments_from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> torch.Ten
         >>> segments_from_cu_seqlens(torch.tensor([0, 2, 3]), 4)
         tensor([[ 0,  0,  1, -1]])
     """
-    device = cu_seqlens.device if isinstance(cu_seqlens, torch.Tensor) else None
-    return convert.segments_from_cu_seqlens(FRAMEWORK, cu_seqlens, torch.arange(length, device=device))
+    return convert.segments_from_cu_seqlens(FRAMEWORK, cu_seqlens, length, positions)
 
 
 def mask_from_left_padding(lengths: torch.Tensor, kv_len: int) -> torch.Tensor:
@@ -115,15 +114,16 @@ def mask_from_left_padding(lengths: torch.Tensor, kv_len: int) -> torch.Tensor:
         tensor([[False, False,  True],
                 [ True,  True,  True]])
     """
-    device = lengths.device if isinstance(lengths, torch.Tensor) else None
-    return convert.mask_from_left_padding(FRAMEWORK, lengths, torch.arange(kv_len, device=device))
+    return convert.mask_from_left_padding(FRAMEWORK, lengths, kv_len, positions)
 
 
 def seed_from_key(key: Any) -> torch.Tensor:
     """A dropout_seed from a JAX key, the same in both frameworks.
 
+    PyTorch: takes what jax.random.key_data gives, as an array that NumPy reads.
+
     Args:
-        key: what jax.random.key_data gives of a JAX key, as anything that NumPy reads.
+        key: a JAX key, or its words: uint32 (2,), or (4,) of an rbg key.
 
     Returns:
         uint32 (2,).
@@ -135,4 +135,4 @@ def seed_from_key(key: Any) -> torch.Tensor:
         >>> seed_from_key(np.array([0, 42], np.uint32)).tolist()
         [0, 42]
     """
-    return torch.from_numpy(convert.fold_words(np.array(key)))
+    return torch.from_numpy(convert.fold_words(np.asarray(key).copy() if hasattr(key, "__array__") else key))

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from attend_shared.call import Arrays, check_module
 from torch import nn
 
+from attend_shared.call import Arrays, check_module
 from attend_torch.attend import run
 
 
@@ -99,7 +99,9 @@ class Attend(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if dropout and dropout_seed is None and isinstance(q, torch.Tensor):
             dropout_seed = torch.randint(-(2**63), 2**63 - 1, (), device=q.device)
-        arrays = Arrays(q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed)
+        arrays = Arrays(
+            q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
+        )
         return run(arrays, self.is_causal, self.window_size, self.softcap, self.scale, dropout, return_lse, self.layout,
                    self.implementation, self.flash)  # fmt: skip
 

@@ -6,8 +6,11 @@ The numbers are made by an operator of their own, so that a compiler takes them 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from attend_shared.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, split_seed, threshold
+
+from attend_shared.philox import KEY_STEPS, MULTIPLIERS, ROUNDS, threshold
 
 _MASK = 0xFFFFFFFF
 
@@ -36,43 +39,53 @@ def words(counter: tuple[torch.Tensor, ...], key: tuple[torch.Tensor, torch.Tens
 
 
 def keep_block(
-    seed: torch.Tensor, heads: torch.Tensor, rows: torch.Tensor, keys: tuple[int, int], batch: torch.Tensor, dropout: float
+    seed: torch.Tensor, item: torch.Tensor, head: torch.Tensor, rows: torch.Tensor, quads: torch.Tensor, dropout: float
 ) -> torch.Tensor:
-    """The keep mask of some batch items, heads and rows, and of keys[0] <= j < keys[1]: bool (b, h, n, m)."""
-    first, last = keys
-    j4 = torch.arange(first // 4, -(-last // 4), device=seed.device)
-    counter = (j4, rows[:, None], heads[:, None, None], batch[:, None, None, None])
-    low, high = seed[0], seed[1]
-    drawn = torch.stack(torch.broadcast_tensors(*words(counter, (low, high))), -1).flatten(-2)
-    start = first - first // 4 * 4
-    return drawn[..., start : start + last - first] >= threshold(dropout)
+    """The keep mask of some queries and of keys by fours.
+
+    Args:
+        seed: int64 (2,), the low and high 32 bits.
+        item, head: the batch item and the query head, scalars or broadcastable to (..., n, m).
+        rows: (n,), the queries.
+        quads: (m,), fours of keys: key // 4.
+        dropout: the probability of dropping.
+
+    Returns:
+        bool (..., n, 4 * m).
+    """
+    drawn = torch.stack(torch.broadcast_tensors(*words((quads, rows[:, None], head, item), (seed[0], seed[1]))), -1)
+    return drawn.flatten(-2) >= threshold(dropout)
 
 
 @torch.library.custom_op("attend_torch::keep_mask", mutates_args=())
-def keep_mask(seed: torch.Tensor, b: int, h: int, i: int, j: int, dropout: float) -> torch.Tensor:
+def keep_mask(seed: torch.Tensor, b: int, h: int, i: int, j: int, dropout: float, first: int = 0) -> torch.Tensor:
     """Which weights are kept.
 
     Args:
         seed: int64 (2,), the low and high 32 bits.
         b, h, i, j: the sizes; h counts query heads.
         dropout: the probability of dropping.
+        first: the index of the first of the i queries.
 
     Returns:
         bool (b, h, i, j), on the device of seed.
     """
-    count = [torch.arange(n, device=seed.device) for n in (b, h, i)]
-    return keep_block(seed, count[1], count[2], (0, j), count[0], dropout)
+    item, head, rows, quads = (torch.arange(n, device=seed.device) for n in (b, h, i, -(-j // 4)))
+    kept = keep_block(seed, item[:, None, None, None], head[:, None, None], first + rows, quads, dropout)
+    return kept[..., :j].contiguous()
 
 
 @keep_mask.register_fake
-def _(seed: torch.Tensor, b: int, h: int, i: int, j: int, dropout: float) -> torch.Tensor:
+def _(seed: torch.Tensor, b: int, h: int, i: int, j: int, dropout: float, first: int = 0) -> torch.Tensor:
     return seed.new_empty((b, h, i, j), dtype=torch.bool)
 
 
 @torch.library.register_vmap("attend_torch::keep_mask")
-def _(info, in_dims, seed, b, h, i, j, dropout):
+def _(
+    info: Any, in_dims: tuple, seed: torch.Tensor, b: int, h: int, i: int, j: int, dropout: float, first: int = 0
+) -> tuple[torch.Tensor, int]:
     lanes = seed.movedim(in_dims[0], 0).unbind()  # indices are local: each lane has its own seed
-    return torch.stack([keep_mask(lane, b, h, i, j, dropout) for lane in lanes]), 0
+    return torch.stack([keep_mask(lane, b, h, i, j, dropout, first) for lane in lanes]), 0
 
 
 def seed_words(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -82,7 +95,7 @@ def seed_words(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
         seed: an int in [0, 2**64), a uint32 tensor (2,), or an int64 scalar tensor, read as its 64 bits.
     """
     if not isinstance(seed, torch.Tensor):
-        return torch.tensor(split_seed(seed).tolist(), device=device)
+        return torch.tensor([int(seed) & _MASK, int(seed) >> 32], device=device)
     if seed.dtype == torch.uint32:
         return seed.to(device, torch.int64)
     seed = seed.to(device)

@@ -362,8 +362,8 @@ def _backward(
         empty = (jnp.zeros((keys.padded, size), wide) for size in (call.d, call.dv))
         turns = jnp.arange(tiles.group * queries.count, dtype=jnp.int32)
         start: Any = (*(_varying(x, q) for x in empty), dbias)
-        sums, dq = lax.scan(of_block, start, turns)
-        dk, dv, dbias = sums
+        swept: Any = lax.scan(of_block, start, turns)
+        (dk, dv, dbias), dq = swept
         return dbias, (dq, dk.astype(floats.k.dtype), dv.astype(floats.v.dtype))
 
     heads = jnp.arange(call.b * call.hk, dtype=jnp.int32)

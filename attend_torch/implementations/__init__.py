@@ -1,13 +1,16 @@
 """The table of implementations: one file each, in order of preference."""
 
+from attend_shared.blocks import is_small
+from attend_shared.call import Call
 from attend_shared.choice import Entry
+from attend_torch.implementations import blockwise, einsum, rowwise, sdpa
 
-from attend_torch.implementations import einsum, sdpa
-
-SDPA, EINSUM = Entry("sdpa", True, sdpa), Entry("einsum", False, einsum)
-_TABLE = (SDPA, EINSUM)
+SDPA, BLOCKWISE = Entry("sdpa", True, sdpa), Entry("blockwise", True, blockwise)
+ROWWISE, EINSUM = Entry("rowwise", True, rowwise), Entry("einsum", False, einsum)
 
 
-def table() -> tuple[Entry, ...]:
-    """In order of preference."""
-    return _TABLE
+def table(call: Call | None = None) -> tuple[Entry, ...]:
+    """In order of preference, for a call or in general."""
+    if call is not None and is_small(call):
+        return SDPA, EINSUM, BLOCKWISE, ROWWISE
+    return SDPA, BLOCKWISE, EINSUM, ROWWISE

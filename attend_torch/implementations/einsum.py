@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from attend_shared.call import Arrays, Call
 from einops import rearrange
 
+from attend_shared.call import Arrays, Call
 from attend_torch import philox
 from attend_torch.arrays import allowed, hide, hide_rows
 
@@ -26,6 +26,12 @@ def attend(call: Call, arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
     Differentiable any number of times, forward and reverse.
     """
     arrays = hide(call, arrays)
+    out, lse = compute(call, arrays)
+    return hide_rows(call, arrays, out) if call.q_lengths else out, lse
+
+
+def compute(call: Call, arrays: Arrays, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula on arrays from which nothing can leak; `first` is the index of the first query, for dropout."""
     wide = getattr(torch, call.accumulation)
     q = rearrange(arrays.q.to(wide), "b (hk g) i d -> b hk g i d", hk=call.hk)
     s = torch.einsum("b k g i d, b k j d -> b k g i j", q, arrays.k.to(wide)) * call.scale
@@ -39,12 +45,12 @@ def attend(call: Call, arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
         s = torch.where(may, s, -torch.inf)
     p, lse = _softmax(call, s, arrays.sinks)
     if call.dropout:
-        keep = philox.keep_mask(arrays.dropout_seed, call.b, call.h, call.i, call.j, call.dropout)
+        keep = philox.keep_mask(arrays.dropout_seed, call.b, call.h, call.i, call.j, call.dropout, first)
         p = torch.where(keep, p, 0) / (1 - call.dropout)
     p = rearrange(p, "b (hk g) i j -> b hk g i j", hk=call.hk)
     out = torch.einsum("b k g i j, b k j e -> b k g i e", p, arrays.v.to(wide))
     out = rearrange(out, "b hk g i e -> b (hk g) i e").to(arrays.q.dtype)
-    return hide_rows(call, arrays, out) if call.q_lengths else out, lse
+    return out, lse
 
 
 def _softmax(call: Call, s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from attend_shared.call import Arrays, Call
 
+from attend_shared.call import Arrays, Call
 from attend_torch.arrays import allowed, hide, hide_rows
 
 
@@ -28,6 +28,10 @@ def refusal(call: Call) -> str | None:
         return f"it adds a bias in q's dtype, and a {call.bias_dtype} bias would be rounded to {call.dtype}"
     if call.is_empty:
         return "some of its kernels take no empty arrays"
+    if call.platform == "cuda" and call.dtype == "float32":
+        return "its float32 products on a GPU are put together from shorter ones, and miss the error budget"
+    if call.biased_gradient and (call.platform == "cuda" or not call.bias_gradient):
+        return "its backward makes the weights from lse, in which a row of large biases drowns the sum"
     if call.flash:
         return _quadratic(call)
     return None
@@ -35,10 +39,12 @@ def refusal(call: Call) -> str | None:
 
 def _quadratic(call: Call) -> str | None:
     """Why a q_len x kv_len array would be made, or None."""
-    if _needs_mask(call) and (call.positional or call.segments or call.q_lengths):
-        return "positions, segments or q_lengths would become a q_len x kv_len mask"
-    if call.mask is not None and (call.bias is not None or call.platform == "cuda") and call.mask[2] * call.mask[3] > call.j:
-        return "mask would become a second array of its size"
+    if _needs_mask(call):
+        by_row = call.positional or call.segments or call.q_lengths
+        by_row = by_row or any(x is not None and x[2] > 1 for x in (call.mask, call.bias))
+        as_it_is = call.bias is not None and not call.masked and call.platform == "cpu"
+        if by_row and not as_it_is:
+            return "what the call rules out would become a q_len x kv_len mask"
     if call.bias_gradient:
         return "a bias that needs a gradient takes torch's math path"
     if call.dv != call.d:
@@ -68,8 +74,9 @@ def attend(call: Call, arrays: Arrays) -> tuple[torch.Tensor, None]:
         arrays = hide(call, arrays)
         mask = _mask(call, arrays)
     causal = call.right == 0 and not needs_mask
+    grouped = True if call.h != call.hk else False  # noqa: SIM210 - of dynamic sizes, a comparison alone stays a symbol
     out = F.scaled_dot_product_attention(
-        arrays.q, arrays.k, arrays.v, mask, is_causal=causal, scale=call.scale, enable_gqa=call.h != call.hk
+        arrays.q, arrays.k, arrays.v, mask, is_causal=causal, scale=call.scale, enable_gqa=grouped
     )
     return hide_rows(call, arrays, out) if call.q_lengths else out, None
 
@@ -78,14 +85,31 @@ def _mask(call: Call, arrays: Arrays) -> torch.Tensor | None:
     """What torch calls attn_mask: bool on a CPU; additive with a bias, and on a GPU.
 
     On a GPU a boolean mask is not safe: cuDNN gives rows that may attend to nothing ordinary-looking numbers, and
-    their neighbours wrong gradients. An additive one is right in every kernel.
+    their neighbours wrong gradients. An additive one is right in every kernel, if its last axis is laid out.
     """
-    if arrays.bias is None:
-        may = allowed(call, arrays)
-        if may is None or call.platform != "cuda":
-            return may
-        return torch.zeros((), dtype=arrays.q.dtype, device=may.device).where(may, -torch.inf)
-    if not call.masked:
-        return arrays.bias
+    gpu = call.platform == "cuda"
+    bias = arrays.bias
+    if bias is not None and gpu:
+        bias = _within_reach(bias)
     may = allowed(call, arrays._replace(bias=None))
-    return torch.where(may, arrays.bias, -torch.inf)
+    if bias is None:
+        if may is None or not gpu:
+            return may
+        mask = torch.zeros((), dtype=arrays.q.dtype, device=may.device).where(may, -torch.inf)
+    else:
+        mask = bias if may is None else torch.where(may, bias, -torch.inf)
+    if gpu and mask.shape[-1] != call.j:
+        mask = mask.expand(*mask.shape[:-1], call.j).contiguous()
+    return mask
+
+
+def _within_reach(bias: torch.Tensor) -> torch.Tensor:
+    """The bias with what is finite and lower than -1e38 halved; its gradient is that of the bias.
+
+    Kernels take the softmax to base 2, and log2(e) times finfo.min is -inf: a row of finite, very low scores would
+    come out empty where the formula gives it a mean.
+    """
+    if bias.dtype == torch.float16:
+        return bias
+    low = (bias < -1e38) & (bias != -torch.inf)
+    return torch.where(low, (bias * 0.5).detach() + (bias - bias.detach()), bias)

@@ -107,28 +107,39 @@ def _maps(figure: Any, demo: Demo) -> None:
 
 
 def _errors(figure: Any, demo: Demo) -> None:
-    grid = figure.add_gridspec(1, len(RESULTS), left=0.07, right=0.985, top=0.345, bottom=0.105, wspace=0.24)
-    names = list(dict.fromkeys((it.framework, it.implementation) for it in demo.results if it.errors))
     layers = list(dict.fromkeys(it.case for it in demo.results))
+    # result -> implementation -> layer, from 1 -> its error; what refused a layer or raised has none there
+    errors: dict[str, dict[str, dict[int, float]]] = {result: {} for result in RESULTS}
+    budgets: dict[str, dict[int, float]] = {result: {} for result in RESULTS}
+    markers = {}
+    for it in demo.results:
+        name, layer = f"{it.framework} {it.implementation}", layers.index(it.case) + 1
+        for row in it.errors:
+            errors[row.name].setdefault(name, {})[layer] = row.max_error
+            budgets[row.name][layer] = row.max_budget
+            markers[name] = (MARKERS.get(it.implementation, "v"), COLOURS[it.framework])
+    if not markers:
+        return
+    grid = figure.add_gridspec(1, len(RESULTS), left=0.07, right=0.985, top=0.345, bottom=0.105, wspace=0.24)
+    edges = np.arange(len(layers) + 1) + 0.5
     for place, (result, words) in enumerate(RESULTS.items()):
         axes = figure.add_subplot(grid[0, place])
-        budget = [_row(demo, result, layer=layer).max_budget for layer in layers]
-        edges = np.arange(len(layers) + 1) + 0.5
+        budget = [budgets[result].get(layer, np.nan) for layer in range(1, len(layers) + 1)]
         axes.stairs(budget, edges, color=BUDGET, linewidth=1.8, baseline=None, label="budget")
-        lowest, highest = min(budget), max(budget)
-        for n, (framework, implementation) in enumerate(names):
-            errors = [_row(demo, result, (framework, implementation), layer).max_error for layer in layers]
-            finite = [error for error in errors if 0 < error < np.inf]
-            lowest, highest = min([lowest, *finite]), max([highest, *finite])
-            at = np.arange(1, len(layers) + 1) + 0.8 * ((n + 0.5) / len(names) - 0.5)  # side by side in their layer
-            axes.plot(at, errors, linestyle="none", marker=MARKERS.get(implementation, "v"), markersize=5.5,
-                      clip_on=False, markerfacecolor=COLOURS[framework], markeredgecolor="white", markeredgewidth=0.6,
-                      label=f"{framework} {implementation}")  # fmt: skip
+        values = [*budget, *(error for found in errors[result].values() for error in found.values())]
+        finite = [value for value in values if 0 < value < np.inf]
+        bottom, top = 10.0 ** np.floor(np.log10(min(finite) / 1.3)), 10.0 ** np.ceil(np.log10(max(finite) * 1.3))
         axes.set_yscale("log")
-        axes.set_ylim(10.0 ** np.floor(np.log10(lowest / 1.3)), 10.0 ** np.ceil(np.log10(highest * 1.3)))
-        axes.fill_between(
-            np.repeat(edges, 2)[1:-1], np.repeat(budget, 2), axes.get_ylim()[1], color=BUDGET, alpha=0.06, linewidth=0
-        )
+        axes.set_ylim(bottom, top)
+        for n, (name, (marker, colour)) in enumerate(markers.items()):
+            found = errors[result].get(name, {})
+            beside = 0.8 * ((n + 0.5) / len(markers) - 0.5)  # side by side in their layer
+            heights = [min(error, top) for error in found.values()]  # an infinite error stands at the top
+            look = {"marker": marker, "markerfacecolor": colour, "markeredgecolor": "white", "markeredgewidth": 0.6}
+            places = [layer + beside for layer in found]
+            axes.plot(places, heights, label=name, linestyle="none", markersize=5.5, clip_on=False, **look)
+        over = {"color": BUDGET, "alpha": 0.06, "linewidth": 0}
+        axes.fill_between(np.repeat(edges, 2)[1:-1], np.repeat(budget, 2), top, **over)
         axes.set_xlim(edges[0], edges[-1])
         axes.set_xticks(range(1, len(layers) + 1))
         axes.set_xlabel("layer")
@@ -142,14 +153,3 @@ def _errors(figure: Any, demo: Demo) -> None:
             handles, labels = axes.get_legend_handles_labels()
             legend = {"loc": "lower left", "bbox_to_anchor": (0.06, 0.008), "ncol": len(labels)}
             figure.legend(handles, labels, **legend, frameon=False, handlelength=1.4, labelcolor=INK)
-
-
-def _row(demo: Demo, result: str, name: tuple[str, str] | None = None, layer: str = "") -> Any:
-    """The error of one result in one layer, on one implementation or, for what they share, on any."""
-    return next(
-        row
-        for it in demo.results
-        if it.case == layer and it.errors and name in (None, (it.framework, it.implementation))
-        for row in it.errors
-        if row.name == result
-    )

@@ -1,0 +1,325 @@
+"""The command `attend`: what it prints, what it writes, and its exit status."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import attend_jax
+import attend_torch
+from attend_shared import cases, parity, report, wrong_calls
+from attend_shared.command import main
+
+FEW = ("--case", "square-float32-causal")
+JAX, TORCH = ("jax", "jaxlib", "flax"), ("torch",)
+
+
+def attend(*arguments: str | Path) -> Result:
+    """A run in this process; what it raises besides its exit status is raised here."""
+    run = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if run.exception is not None and not isinstance(run.exception, SystemExit):
+        raise run.exception
+    return run
+
+
+def elsewhere(
+    *arguments: str, absent: tuple[str, ...] = (), cwd: Path
+) -> tuple[subprocess.CompletedProcess[str], set[str]]:
+    """A run in a process of its own, where some packages are not installed; and the top-level modules it loaded."""
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Absent())
+from attend_shared.command import main
+try:
+    main({list(arguments)})
+finally:
+    print("LOADED", *sorted({{name.partition(".")[0] for name in sys.modules}}))
+"""
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=cwd, capture_output=True, text=True)
+    return run, set(run.stdout.partition("LOADED")[2].split())
+
+
+@pytest.fixture
+def wrong_einsum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's einsum gives a hundredth too much."""
+    from attend_torch.implementations import einsum
+
+    right = einsum.attend
+    monkeypatch.setattr(einsum, "attend", lambda *arguments: ((answer := right(*arguments))[0] * 1.01, answer[1]))
+
+
+# attend parity
+
+
+def test_parity_passes_and_says_what_it_did() -> None:
+    run = attend("parity", *FEW)
+    assert run.exit_code == 0, run.output
+    for framework, package in (("torch", attend_torch), ("jax", attend_jax)):
+        for implementation in package.implementations():
+            assert f"{framework} {implementation.name}" in run.output
+    for words in ("everything", "causal", "error/budget", "Between the frameworks", "passed:", "0 wrong"):
+        assert words in run.output
+    if not any(it.available for it in attend_jax.implementations() if it.name == "cudnn"):
+        assert "it needs an NVIDIA GPU" in run.output
+
+
+def test_parity_writes_json_and_a_page(tmp_path: Path) -> None:
+    file, page = tmp_path / "parity.json", tmp_path / "parity.html"
+    run = attend("parity", "--case", "decode-float32-lse", "--json", file, "--html", page)
+    assert run.exit_code == 0, run.output
+    assert sorted(tmp_path.iterdir()) == [page, file]  # nothing half-written stays
+    found = json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert found["verdict"] == "passed"
+    assert {"python", "numpy", "torch", "jax", "flax", "attend-twin"} <= found["versions"].keys()
+    assert found["device"].startswith("cpu")
+    served = {(it["framework"], it["implementation"]) for it in found["results"] if it["verdict"] == "ok"}
+    assert {("torch", "einsum"), ("jax", "einsum")} <= served
+    (mine,) = (it for it in found["results"] if (it["framework"], it["implementation"]) == ("jax", "einsum"))
+    assert [row["name"] for row in mine["errors"]] == ["out", "lse", "dq", "dk", "dv"]
+    assert 0 < mine["share"] <= 1 and mine["worst"] in {row["name"] for row in mine["errors"]}
+    refused = {(it["framework"], it["implementation"]): it["reason"] for it in found["refusals"]}
+    assert refused["torch", "sdpa"] == "it has no differentiable lse"
+    assert found["rows"][0]["feature"] == parity.EVERYTHING
+    text = page.read_text()
+    assert text.startswith("<!doctype html>") and text.endswith("</html>\n")
+    assert "decode-float32-lse" in text and "it has no differentiable lse" in text
+    assert re.search(r"(src|href)\s*=|https?:|@import|url\(", text) is None  # the page needs nothing else
+
+
+def test_a_wrong_implementation_is_a_failure(wrong_einsum: None, tmp_path: Path) -> None:
+    file, page = tmp_path / "parity.json", tmp_path / "parity.html"
+    which = ("--framework", "torch", "--implementation", "sdpa", "--implementation", "einsum")
+    run = attend("parity", *FEW, *which, "--json", file, "--html", page)
+    assert run.exit_code == 1
+    assert "FAILED: 1 results as they should be, 0 refused with a reason, 1 wrong" in run.output
+    assert "torch einsum: square-float32-causal" in run.output
+    assert "out (float32)" in run.output and "over the budget" in run.output
+    again = "attend parity --framework torch --implementation einsum --case square-float32-causal"
+    assert again in run.output
+    found = json.loads(file.read_text())
+    assert (found["verdict"], found["failures"]) == ("failed", 1)
+    assert "over the budget" in page.read_text()
+    assert attend(*again.split()[1:]).exit_code == 1
+
+
+def test_an_exception_is_a_failure_with_its_text(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from attend_torch.implementations import einsum
+
+    def explode(*arguments: Any) -> Any:
+        raise RuntimeError("no <b>memory</b> [left]")
+
+    monkeypatch.setattr(einsum, "attend", explode)
+    page = tmp_path / "parity.html"
+    run = attend("parity", "--case", "square causal !tiles !bias", "--framework", "torch", "--html", page)
+    assert run.exit_code == 1
+    assert run.output.count("RuntimeError: no <b>memory</b> [left]") == 5  # the first ones in full
+    assert re.search(r"and \d+ more", run.output)
+    text = page.read_text()
+    assert "RuntimeError: no &lt;b&gt;memory&lt;/b&gt; [left]" in text and "<b>memory" not in text
+
+
+def test_wrong_calls_are_run_by_name_and_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = attend("parity", "--case", parity.CHECKS)
+    assert run.exit_code == 0, run.output
+    assert f"{2 * len(wrong_calls.WRONG_CALLS)} results as they should be" in run.output
+    first = wrong_calls.WRONG_CALLS[0]
+    changed = type(first)(first.name, first.error, first.text.upper(), first.build)
+    monkeypatch.setattr(wrong_calls, "WRONG_CALLS", (changed,))
+    monkeypatch.setattr(cases, "select", lambda pattern: (cases.case(),) if not pattern else ())
+    run = attend("parity", "--framework", "torch")
+    assert run.exit_code == 1
+    assert f"torch checks: {first.name}" in run.output and first.text.upper() in run.output.replace("\n", " ")
+
+
+def test_cases_are_chosen_by_name_by_words_and_by_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    monkeypatch.setattr(parity, "examine", lambda case, *_: taken.append(case.name) or parity.Report(case, (), ()))
+
+    def chosen(*arguments: str) -> list[str]:
+        taken.clear()
+        assert attend("parity", "--framework", "torch", *arguments).exit_code == 0
+        return list(taken)
+
+    assert chosen("--case", "square-float32-causal") == ["square-float32-causal"]
+    assert chosen("--case", "wide-float16-mask_key-lse") == ["wide-float16-mask_key-lse"]  # on no list
+    assert chosen("--case", "sinks !lse") == [case.name for case in cases.select("sinks !lse")]
+    assert chosen("--case", "sinks", "--dtype", "float64", "--dtype", "float16") == [
+        case.name for case in cases.select("sinks") if case.level("dtype") in ("float64", "float16")
+    ]
+    assert chosen() == [case.name for case in cases.CASES]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--implementation", "flash3"), "--implementation: expected one of"),
+        (("--case", "sqare"), "Did you mean square"),
+        (("--case", "square-float32-causal", "--dtype", "float64"), "none of the 1 cases is float64"),
+        (("--json", "no/such/folder/parity.json"), "there is no folder"),
+        (("--device", "tpu"), "Invalid value for '--device'"),
+        (("--framework", "numpy"), "Invalid value for '--framework'"),
+    ],
+)
+def test_what_cannot_be_run_is_said_in_a_line(arguments: tuple[str, ...], words: str) -> None:
+    run = attend("parity", *arguments)
+    assert run.exit_code == 2
+    assert words in run.output
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for framework in parity.FRAMEWORKS:
+        monkeypatch.setattr(f"attend_{framework}.bridge.devices", lambda: ("cpu",))
+        run = attend("parity", *FEW, "--framework", framework, "--device", "cuda")
+        assert run.exit_code == 2
+        assert f"{framework} has no device 'cuda' here: it runs on cpu" in run.output
+
+
+# One framework, or none.
+
+
+@pytest.mark.parametrize(("framework", "absent"), [("torch", JAX), ("jax", TORCH)])
+def test_parity_runs_with_one_framework(framework: str, absent: tuple[str, ...], tmp_path: Path) -> None:
+    run, loaded = elsewhere("parity", *FEW, absent=absent, cwd=tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"{absent[0]} is left out: {absent[0]} is not installed" in run.stdout
+    assert "passed:" in run.stdout and f"{framework} einsum" in run.stdout
+    assert loaded.isdisjoint(absent)
+
+
+@pytest.mark.parametrize(("framework", "other"), [("torch", JAX), ("jax", TORCH)])
+def test_what_is_not_asked_for_is_not_loaded(framework: str, other: tuple[str, ...], tmp_path: Path) -> None:
+    run, loaded = elsewhere("parity", *FEW, "--framework", framework, "--implementation", "einsum", cwd=tmp_path)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert framework in loaded
+    assert loaded.isdisjoint((*other, "matplotlib", "transformers"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("parity", "--framework", "jax"), ("explain", "--framework", "jax", "--q", "1,2,3,4")]
+)
+def test_a_framework_that_is_asked_for_must_be_there(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    run, _ = elsewhere(*arguments, absent=("flax",), cwd=tmp_path)
+    assert run.returncode == 2
+    assert 'flax is not installed. pip install "attend-twin[jax]"' in run.stderr
+
+
+def test_without_a_framework(tmp_path: Path) -> None:
+    run, _ = elsewhere("parity", absent=JAX + TORCH, cwd=tmp_path)
+    assert run.returncode == 2
+    assert "No framework is installed" in run.stderr
+    assert 'pip install "attend-twin[torch]"' in run.stderr and 'pip install "attend-twin[jax]"' in run.stderr
+
+
+def test_a_broken_installation_is_not_a_missing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "attend_torch.bridge")
+    monkeypatch.setitem(sys.modules, "einops", None)
+    with pytest.raises(ModuleNotFoundError, match="einops"):
+        monkeypatch.delitem(sys.modules, "attend_torch.implementations.einsum")
+        monkeypatch.delitem(sys.modules, "attend_torch.implementations")
+        monkeypatch.delitem(sys.modules, "attend_torch.attend")
+        monkeypatch.delitem(sys.modules, "attend_torch")
+        parity.load("torch")
+
+
+# attend explain
+
+SHAPES = ("--q", "2,8,16,32", "--k", "2,2,24,32")
+
+
+@pytest.mark.parametrize("framework", parity.FRAMEWORKS)
+def test_explain_says_what_attend_would_take(framework: str) -> None:
+    run = attend("explain", "--framework", framework, *SHAPES, "--causal", "--q-offset", "8")
+    assert run.exit_code == 0, run.output
+    package = {"torch": attend_torch, "jax": attend_jax}[framework]
+    assert run.output.splitlines()[0] == "implementation  serves  why not"
+    names = {line.split()[0] for line in run.output.splitlines()[1:]}
+    assert names == {implementation.name for implementation in package.implementations()}
+    assert run.output.count("chosen") == 1
+
+
+@pytest.mark.parametrize("framework", parity.FRAMEWORKS)
+def test_explain_takes_every_argument(framework: str) -> None:
+    run = attend(
+        "explain", "--framework", framework, *SHAPES, "--v", "2,2,24,64", "--dtype", "bfloat16", "--mask", "2,24",
+        "--bias", "1,8,16,24", "--bias-dtype", "float64", "--causal", "--window", "7,none", "--q-offset", "data",
+        "--segments", "--q-lengths", "--kv-lengths", "--sinks", "--softcap", "30", "--scale", "0.5", "--dropout", "0.1",
+        "--lse",
+    )  # fmt: skip
+    assert run.exit_code == 0, run.output
+    assert "einsum" in run.output
+    bnhd = ("--q", "2,16,8,32", "--k", "2,24,2,32", "--layout", "bnhd", "--q-lengths", "--segments", "--sinks")
+    run = attend("explain", "--framework", framework, *bnhd)
+    assert run.exit_code == 0, run.output
+    run = attend("explain", "--framework", framework, *SHAPES, "--lse", "--implementation", "einsum")
+    assert re.search(r"^einsum +chosen$", run.output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("framework", parity.FRAMEWORKS)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--q", "1,8,16"), "Error: q: expected rank 4"),
+        (("--k", "2,3,24,32"), "Error: k: expected a number of key/value heads that divides the 8 heads of q"),
+        (("--causal",), "Error: q_offset: expected"),
+        (("--mask", "2,16,24"), "Error: mask: expected rank 4"),
+        (("--softcap", "-1"), "Error: softcap: expected a number > 0"),
+        (("--window", "-1,0"), "Error: window_size: expected"),
+        (("--window", "3"), "Error: window_size: expected"),
+    ],
+)
+def test_explain_says_what_is_wrong_in_a_line(framework: str, arguments: tuple[str, ...], words: str) -> None:
+    run = attend("explain", "--framework", framework, *SHAPES, *arguments)
+    assert run.exit_code == 2
+    assert run.output.startswith(words), run.output
+    assert run.output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--q", "1,eight,16,32"), ("--window", "wide"), ("--q-offset", "end"), ("--dtype", "float8")]
+)
+def test_explain_says_what_it_cannot_read(arguments: tuple[str, ...]) -> None:
+    run = attend("explain", "--framework", "torch", *SHAPES, *arguments)
+    assert run.exit_code == 2
+    assert arguments[1] in run.output
+
+
+def test_explain_knows_the_other_device() -> None:
+    run = attend("explain", "--framework", "torch", *SHAPES, "--device", "cuda")
+    assert run.exit_code == 0, run.output
+    if "cuda" not in parity.load("jax").bridge.devices():
+        run = attend("explain", "--framework", "jax", *SHAPES, "--device", "cuda")
+        assert (run.exit_code, run.output) == (2, "Error: --device: JAX runs on cpu here.\n")
+
+
+# The rest.
+
+
+def test_help_and_version() -> None:
+    assert attend("--version").output.startswith("attend, version ")
+    overview = attend("--help").output
+    for command in ("demo", "parity", "explain"):
+        assert command in overview
+        assert attend(command, "--help").exit_code == 0
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    report.write(file, "before")
+
+    def fail(self: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            report.write(file, "after")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]

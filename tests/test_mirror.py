@@ -1,0 +1,290 @@
+"""attend_torch and attend_jax are twins: the same files, names, signatures and docstrings, or a written reason."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import attend_jax
+import attend_jax.linen
+import attend_torch
+from attend_shared import wrong_calls
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("attend_torch", "attend_jax")
+
+# What exists on one side only, and why.
+ONE_SIDED_FILES = {
+    "attend_torch/implementations/sdpa.py": "torch's own attention",
+    "attend_jax/implementations/xla.py": "JAX's own attention",
+    "attend_jax/implementations/cudnn.py": "JAX's own attention on NVIDIA GPUs, where torch's is inside sdpa",
+    "attend_jax/implementations/blockwise.py": "JAX has nothing of its own on a CPU that makes no large array",
+    "attend_jax/implementations/rowwise.py": "for short sequences, where blocks do not pay; torch has sdpa",
+    "attend_torch/hooks/transformers.py": "the host is a PyTorch library",
+    "attend_torch/hooks/x_transformers.py": "the host is a PyTorch library",
+    "attend_jax/hooks/flax.py": "the host is a JAX library",
+    "attend_jax/linen/__init__.py": "Flax has two kinds of modules, PyTorch one",
+}
+ONE_SIDED_NAMES = {
+    "attend_torch.arrays.signed": "torch compares and subtracts few unsigned integers",
+    "attend_torch.arrays.device_type": "without making a device object, which an eager call would feel",
+    "attend_jax.arrays.SHAPES": "shapes without data are a type of their own in JAX, in torch a device",
+    "attend_jax.arrays.to_int32": "without x64 JAX has no 64-bit integers",
+    "attend_jax.arrays.segment_ids": "JAX compares one dtype with itself only",
+    "attend_jax.attend.Array": "JAX takes NumPy arrays as well",
+    "attend_jax.convert.Array": "JAX takes NumPy arrays as well",
+    "attend_torch.implementations.SDPA": "a row of the table",
+    "attend_jax.implementations.CUDNN": "a row of the table",
+    "attend_jax.implementations.XLA": "a row of the table",
+    "attend_jax.implementations.BLOCKWISE": "a row of the table",
+    "attend_jax.implementations.ROWWISE": "a row of the table",
+    "attend_jax.implementations.einsum.HIGHEST": "torch has no precision by call, and full precision by default",
+}
+OTHER_SIGNATURES = {
+    "arrays.indices": "torch must know on which device",
+    "philox.keep_mask": "an operator of torch's, so that a compiler takes it whole",
+    "philox.seed_words": "torch must know on which device",
+}
+# What Flax forces on Attend: parameters after ours, with their defaults.
+FORCED = {
+    "attend_torch.Attend": {},
+    "attend_jax.Attend": {"deterministic": False, "rngs": None},
+    "attend_jax.linen.Attend": {"parent": "flax", "name": "flax"},  # what every Linen module has
+    "attend_torch.Attend()": {},
+    "attend_jax.Attend()": {"deterministic": None, "rngs": None},
+    "attend_jax.linen.Attend()": {"deterministic": None},
+}
+
+
+def files(package: str) -> set[str]:
+    folder = ROOT / package
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {str(path) for path in found if path.parts[0] != "__pycache__" and path.suffix != ".pyc"}
+
+
+def modules() -> list[str]:
+    """What both packages have, as names after the package's."""
+    shared = sorted(files("attend_torch") & files("attend_jax"))
+    parts = [Path(name).with_suffix("").parts for name in shared if name.endswith(".py")]
+    return [".".join(each[:-1] if each[-1] == "__init__" else each) for each in parts]
+
+
+def twins(module: str) -> list[types.ModuleType]:
+    return [importlib.import_module(f"{package}.{module}".rstrip(".")) for package in PACKAGES]
+
+
+def public(module: types.ModuleType) -> set[str]:
+    """The names that a module defines, imports left out."""
+    if hasattr(module, "__all__"):
+        return set(module.__all__)
+    tree = compile(inspect.getsource(module), "", "exec").co_names
+    return {
+        name
+        for name in tree
+        if name in vars(module)
+        and not name.startswith("_")
+        and not isinstance(vars(module)[name], types.ModuleType)
+        and not imported(module, name)
+    }
+
+
+def imported(module: types.ModuleType, name: str) -> bool:
+    return bool(re.search(rf"^(from .* )?import .*\b{name}\b|^    {name},$", inspect.getsource(module), re.MULTILINE))
+
+
+def functions(module: str) -> list[str]:
+    """The callables that both twins of a module define."""
+    torch, jax = twins(module)
+    names = public(torch) & public(jax)
+    return sorted(name for name in names if callable(getattr(torch, name)) and callable(getattr(jax, name)))
+
+
+FUNCTIONS = [(module, name) for module in modules() if module for name in functions(module) if name != "Attend"]
+DOCUMENTED = [*(each for each in FUNCTIONS if each[0] in ("attend", "convert")), ("module", "Attend")]  # for users
+
+
+def parameters(function: Callable[..., Any]) -> list[tuple[str, str, Any]]:
+    """Names, kinds and defaults, in order; of a method without self."""
+    signature = inspect.signature(function)
+    return [(p.name, p.kind.name, p.default) for p in signature.parameters.values() if p.name != "self"]
+
+
+def split(docstring: str) -> tuple[str, list[str], str]:
+    """A docstring without its framework lines and its example; those lines; the example."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    lines = [text for text in paragraphs if text.startswith(("PyTorch: ", "JAX: "))]
+    rest = "\n\n".join(text for text in paragraphs if text not in lines)
+    before, found, after = rest.partition("Example:\n")
+    example, _, references = after.partition("References:\n")
+    return before + found + references, lines, example
+
+
+# Files and names.
+
+
+def test_files() -> None:
+    torch, jax = (files(package) for package in PACKAGES)
+    one_sided = {f"attend_torch/{name}" for name in torch - jax} | {f"attend_jax/{name}" for name in jax - torch}
+    assert one_sided == set(ONE_SIDED_FILES)
+    assert all(ONE_SIDED_FILES.values())
+
+
+def test_names() -> None:
+    one_sided = set()
+    for module in modules():
+        (torch, jax), names = twins(module), [public(each) for each in twins(module)]
+        one_sided |= {f"{torch.__name__}.{name}" for name in names[0] - names[1]}
+        one_sided |= {f"{jax.__name__}.{name}" for name in names[1] - names[0]}
+    assert one_sided == set(ONE_SIDED_NAMES)
+    assert all(ONE_SIDED_NAMES.values())
+
+
+def test_the_packages_offer_the_same() -> None:
+    assert attend_torch.__all__ == attend_jax.__all__
+    for name in ("Explanation", "Implementation", "UnsupportedError"):
+        assert getattr(attend_torch, name) is getattr(attend_jax, name)
+    assert {"attend", "Attend", "merge", "explain", "implementations"} <= set(attend_torch.__all__)
+
+
+# Signatures.
+
+
+@pytest.mark.parametrize(("module", "name"), FUNCTIONS)
+def test_signatures(module: str, name: str) -> None:
+    torch, jax = (getattr(each, name) for each in twins(module))
+    assert (parameters(torch) == parameters(jax)) is (f"{module}.{name}" not in OTHER_SIGNATURES)
+
+
+def test_explain_takes_what_attend_takes() -> None:
+    for package in (attend_torch, attend_jax):
+        assert parameters(package.explain) == parameters(package.attend)
+
+
+def test_the_order_of_the_checks_is_that_of_all_arguments() -> None:
+    assert set(wrong_calls.ORDER) == {name for name, _, _ in parameters(attend_torch.attend)}
+
+
+OPTIONS = [name for name, _, _ in parameters(attend_torch.Attend)]
+
+
+@pytest.mark.parametrize("package", ["attend_torch", "attend_jax", "attend_jax.linen"])
+def test_attend_differs_by_what_flax_forces(package: str) -> None:
+    module = importlib.import_module(package).Attend
+    call = module.forward if package == "attend_torch" else module.__call__
+    ours = [each for each in parameters(attend_torch.attend) if each[0] not in OPTIONS]
+    found = {name: default for name, _, default in parameters(call)}
+    forced = FORCED[f"{package}.Attend()"]
+    assert parameters(call)[: len(ours)] == ours
+    assert dict(list(found.items())[len(ours) :]) == forced
+
+    made = parameters(module.__init__)
+    assert [name for name, _, _ in made] == OPTIONS + list(FORCED[f"{package}.Attend"])
+    defaults = {name: default for name, _, default in parameters(attend_torch.attend)} | {"flash": None}
+    assert {name: default for name, _, default in made if name in OPTIONS} == {name: defaults[name] for name in OPTIONS}
+    if package != "attend_jax.linen":  # fields have no kinds
+        kinds = [kind for _, kind, _ in made]
+        assert kinds == ["POSITIONAL_OR_KEYWORD"] * 3 + ["KEYWORD_ONLY"] * (len(kinds) - 3)
+    if package == "attend_jax":
+        assert {name: default for name, _, default in made if name not in OPTIONS} == FORCED["attend_jax.Attend"]
+
+
+def test_the_fields_of_linen_are_the_arguments_of_the_constructor() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(attend_jax.linen.Attend)}
+    assert list(fields) == [*OPTIONS, "parent", "name"]
+    assert [fields[name] for name in OPTIONS] == [default for _, _, default in parameters(attend_torch.Attend)]
+
+
+def shown(function: Callable[..., Any]) -> str:
+    """A signature as the docs write it."""
+    text, starred = [], False
+    for name, kind, default in parameters(function):
+        if kind == "KEYWORD_ONLY" and not starred:
+            text.append("*")
+            starred = True
+        text.append(name if default is inspect.Parameter.empty else f"{name}={default!r}".replace("'", '"'))
+    return f"({', '.join(text)})"
+
+
+def test_the_docs_show_these_signatures() -> None:
+    page = " ".join((ROOT / "docs" / "semantics.md").read_text().split())
+    assert f"attend{shown(attend_torch.attend)} -> out, or (out, lse)" in page
+    assert f"Attend{shown(attend_torch.Attend)}" in page
+    assert f"Attend.__call__{shown(attend_torch.Attend.forward)}" in page
+
+
+# Docstrings.
+
+
+@pytest.mark.parametrize(("module", "name"), DOCUMENTED)
+def test_docstrings(module: str, name: str) -> None:
+    torch, jax = (split(getattr(each, name).__doc__) for each in twins(module))
+    assert torch[0] == jax[0], "only a paragraph that starts with the framework's name may differ, and the example"
+    assert len(torch[1]) == len(jax[1]) <= 1
+    assert all(line.startswith("PyTorch: ") for line in torch[1])
+    assert all(line.startswith("JAX: ") for line in jax[1])
+    assert bool(torch[2]) == bool(jax[2])
+    assert torch[2].count(">>>") == jax[2].count(">>>") or name == "Attend"  # Linen and NNX import what they use
+
+
+def test_the_docstrings_of_linen() -> None:
+    ours, linen = split(attend_jax.Attend.__doc__), split(attend_jax.linen.Attend.__doc__)
+    assert (ours[0], len(linen[1])) == (linen[0], 1)
+    assert ours[2].replace("attention(x, x, x)", "attention.apply({}, x, x, x)") == linen[2]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_users_call_is_documented_in_full(package: str) -> None:
+    twin = importlib.import_module(package)
+    convert = importlib.import_module(f"{package}.convert")
+    callables = {"attend", "explain", "implementations", "merge", "Attend"}
+    for owner, name in [(twin, name) for name in callables] + [(convert, name) for name in public(convert) - {"Array"}]:
+        function = getattr(owner, name)
+        docstring = inspect.cleandoc(function.__doc__)
+        assert docstring.split("\n")[0].endswith("."), f"{name}: the first line is a sentence"
+        sections = re.findall(r"^(Args|Returns|Raises|Example|References):$", docstring, re.MULTILINE)
+        assert "Returns" in sections and "Example" in sections, name
+        if name not in ("implementations", "Attend"):
+            told = re.search(r"^Args:\n(.*?)^Returns:", docstring, re.MULTILINE | re.DOTALL)
+            assert told and "Raises" in sections, name
+            named = set(re.findall(r"^    (\w+):", told[1], re.MULTILINE))
+            assert named == {parameter for parameter, _, _ in parameters(function)} or name == "explain", name
+
+
+# The tests of this file can fail.
+
+
+def test_a_difference_is_seen() -> None:
+    def one(q: int, *, scale: float = 1.0) -> None:
+        """It does.
+
+        PyTorch: here.
+
+        Args:
+            q: a number.
+
+        Example:
+            >>> one(1)
+        """
+
+    def two(q: int, *, scale: float = 2.0) -> None:
+        """It does.
+
+        JAX: there.
+
+        Args:
+            q: another number.
+
+        Example:
+            >>> two(1)
+        """
+
+    assert parameters(one) != parameters(two)
+    assert split(one.__doc__ or "")[0] != split(two.__doc__ or "")[0]
+    assert split(one.__doc__ or "")[0] == split((two.__doc__ or "").replace("another", "a"))[0]
+    assert split(two.__doc__ or "")[1:] == (["JAX: there."], "    >>> two(1)")
