@@ -25,9 +25,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import report
 from benchmarks.measure import Lost, Worker, cores
-from benchmarks.workloads import PRINCIPAL, Entry, Job, jobs, quick
+from benchmarks.workloads import PRINCIPAL, Entry, Job, Workload, jobs, quick
 
 SCHEMA = 1
+TIME_IS_UP = "the time of this run was up"
 MOST = 12.5e9  # bytes: what is expected to need more is not started
 SPARE = 3e9  # bytes of the machine's memory that are left to others
 COMPILED_TWICE = ((8192, False), (2048, True))  # lengths, and whether with gradients, at which compilations are counted
@@ -83,10 +84,13 @@ class Run:
         self.most = min(MOST, max(0.0, available() - SPARE))
         self.memory = Memory(max(self.most, available() - SPARE))
         self.lock = threading.Lock()
+        self.session: dict[str, Any] = {
+            "started": datetime.now(UTC).isoformat(timespec="seconds"), "minutes": minutes, "seconds": 0,
+            "lanes": len(lanes), "load at start": os.getloadavg()[0], "most": self.most,
+        }  # fmt: skip
         self.results: dict[str, Any] = {
-            "schema": SCHEMA, "started": datetime.now(UTC).isoformat(timespec="seconds"), "minutes": minutes,
-            "machine": machine(), "lanes": len(lanes), "load at start": os.getloadavg()[0], "most": self.most,
-            "measurements": [],
+            "schema": SCHEMA, "machine": machine(), "sessions": [self.session], "versions": {}, "products": {},
+            "compilations": {}, "measurements": [],
         }  # fmt: skip
 
     @property
@@ -94,9 +98,28 @@ class Run:
         """Seconds."""
         return self.end - time.monotonic()
 
+    def resume(self, todo: list[Job]) -> list[Job]:
+        """The jobs that an earlier run, whose file this one goes on with, did not come to, or did not finish."""
+        before = json.loads(self.path.read_text())
+        if before["machine"] != self.results["machine"]:
+            raise click.ClickException(f"{self.path} was measured on another machine: {before['machine']}")
+        done = {
+            (Workload(**each["workload"]), each["entry"], each["fresh"])
+            for each in before["measurements"] if TIME_IS_UP not in (each["not_run"], each.get("cut_short"))
+        }  # fmt: skip
+        left = [job for job in todo if any((job.workload, entry.name, job.fresh) not in done for entry in job.entries)]
+        again = {(job.workload, entry.name, job.fresh) for job in left for entry in job.entries}
+        kept = [
+            each for each in before["measurements"]
+            if (Workload(**each["workload"]), each["entry"], each["fresh"]) not in again
+        ]  # fmt: skip
+        self.results.update(before, sessions=[*before["sessions"], self.session], measurements=kept)
+        return left
+
     def save(self, **more: Any) -> None:
         """Write what there is, beside the file and then in its place."""
         with self.lock:
+            self.session["seconds"] = round(60 * self.session["minutes"] - self.left)
             self.results.update(more)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             beside = self.path.with_suffix(".tmp")
@@ -107,11 +130,17 @@ class Run:
         """Versions, the rate of products, and how often JAX compiles."""
         worker = Worker(self.lanes[0])
         try:
-            self.save(versions=worker.ask(120, "versions"), products=worker.ask(120, "products"))
+            versions = worker.ask(120, "versions")
+            if self.results["versions"] not in ({}, versions):
+                raise click.ClickException(f"{self.path} was measured with {self.results['versions']}, not {versions}")
+            self.save(versions=versions)
+            if not self.results["products"]:
+                self.save(products=worker.ask(120, "products"))
             for n, backward in COMPILED_TWICE if counted else ((256, False),):
-                value = worker.ask(self.left, "compilations", n=n, backward=backward)
                 name = f"{'forward + backward' if backward else 'forward'} {n}"
-                self.save(compilations={**self.results.get("compilations", {}), name: value})
+                if name not in self.results["compilations"]:
+                    value = worker.ask(self.left, "compilations", n=n, backward=backward)
+                    self.save(compilations={**self.results["compilations"], name: value})
         finally:
             worker.close()
 
@@ -135,7 +164,7 @@ class Run:
                     try:
                         self._one(job, entry, record, workers, key, lane, turn)
                     except Lost as lost:
-                        record["not_run"] = str(lost) if self.left > 0 else "the time of this run was up"
+                        record["not_run"] = str(lost) if self.left > 0 else TIME_IS_UP
                         waiting.remove(entry)
                         if key in workers and (job.fresh or workers[key].process.poll() is not None):
                             workers.pop(key).close()
@@ -152,7 +181,7 @@ class Run:
                             workers.pop(entry.name).close()
         except Lost:
             for entry in waiting:
-                reason = "the process that all shared was lost" if self.left > 0 else "the time of this run was up"
+                reason = "the process that all shared was lost" if self.left > 0 else TIME_IS_UP
                 found[entry.name]["not_run"] = reason
         finally:
             for worker in workers.values():
@@ -197,7 +226,7 @@ class Run:
                     progress.update(bar, description=title)
                     found = self.perform(job, lane)
                     self.results["measurements"] += found
-                    self.save(seconds=round(60 * self.results["minutes"] - self.left))
+                    self.save()
                     parts = (f"{each['entry']} {report.milliseconds(each) or each['not_run']}" for each in found)
                     progress.console.print(f"[dim]{title}:[/] {'; '.join(parts)}", highlight=False)
                     progress.advance(bar)
@@ -220,16 +249,19 @@ class Run:
 )
 @click.option("--minutes", default=90.0, show_default=True, help="What is not done by then is recorded as not run.")
 @click.option("--quick", "short", is_flag=True, help="The smallest workload, once.")
+@click.option("--resume", is_flag=True, help="Measure what the run before, in the same file, did not come to.")
 @click.option("--publish", is_flag=True, help="Renew docs/results/cpu.json, docs/benchmarks-cpu.md and its plot.")
-def main(out: Path, minutes: float, short: bool, publish: bool) -> None:
+def main(out: Path, minutes: float, short: bool, resume: bool, publish: bool) -> None:
     """Measure attention on this CPU against its peers, and print the tables."""
     width = shutil.get_terminal_size((150, 24)).columns
     console = Console(width=max(width, 150))
-    run = Run(out, minutes, cores())
+    run, todo = Run(out, minutes, cores()), quick() if short else jobs(minutes)
+    if resume:
+        todo = run.resume(todo)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         run.facts(counted=not short)
-        run.work(quick() if short else jobs(minutes), progress)
+        run.work(todo, progress)
     for table in report.tables(run.results):
         console.print(table.for_console())
         for note in table.notes:

@@ -302,7 +302,7 @@ def compiling(results: Results) -> list[Table]:
                 rows.append((f"{n}", load.name, *(", ".join(f"{x:.1f}" for x in sorted(each)) for each in found)))
     notes = tuple(
         f"{name.capitalize()}: {count} compilation{'s' * (count != 1)} for two calls of one shape."
-        for name, count in results.run.get("compilations", {}).items()
+        for name, count in results.run["compilations"].items()
     )
     header = ("tokens", "mode", "attend_jax blockwise", "jax.nn")
     return [Table("Wall seconds of tracing and compiling", header, rows, notes)] if rows else []
@@ -398,7 +398,7 @@ def aims(results: Results) -> list[Aim]:
         reached = "not run" if seconds is None else f"{seconds:.1f} s"
         met = None if seconds is None else seconds < 5
         found.append(Aim(f"compile time of {jax}, {load.name}, 8192", "under 5 s", reached, met))
-    counts = results.run.get("compilations", {})
+    counts = results.run["compilations"]
     if counts:
         reached = ", ".join(f"{name}: {count}" for name, count in counts.items())
         met = set(counts.values()) == {1}
@@ -425,11 +425,12 @@ def section(run: dict[str, Any]) -> str:
     where, versions = run["machine"], run["versions"]
     facts = ", ".join(f"{name} {value}" for name, value in where.items())
     packages = ", ".join(f"{name} {value}" for name, value in versions.items())
-    about = (
-        f"Run of {run['started'][:10]}: {facts}. {packages}. {run['lanes']} measurements at a time, a core each; load "
-        f"of the machine at the start {run['load at start']:.1f}; limit {run['minutes']:.0f} minutes, taken "
-        f"{run.get('seconds', 0) / 60:.1f}."
+    sessions = "; ".join(
+        f"{each['started'][:16].replace('T', ' ')} UTC, {each['seconds'] / 60:.0f} of at most {each['minutes']:.0f} "
+        f"minutes, {each['lanes']} measurements at a time, load of the machine before it {each['load at start']:.1f}"
+        for each in run["sessions"]
     )
+    about = f"{facts[0].upper()}{facts[1:]}. {packages}. Measured on {sessions}."
     return "\n".join(["", about, "", *(table.for_page() for table in tables(run)), ""])
 
 

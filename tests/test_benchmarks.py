@@ -7,18 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 
 from benchmarks import report
-from benchmarks.cpu import SCHEMA
+from benchmarks.cpu import SCHEMA, TIME_IS_UP, Run
 from benchmarks.measure import Lost, Worker, cores
 from benchmarks.workloads import ENTRIES, FEATURES, JAX_BLOCKWISE, LENGTHS, TORCH_BLOCKWISE, Workload, jobs, quick
 from conftest import require
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "docs" / "results" / "cpu.json"
-FACTS = {"schema", "started", "minutes", "machine", "lanes", "load at start", "most", "measurements", "versions",
-         "products", "compilations", "seconds"}  # fmt: skip
+FACTS = {"schema", "machine", "sessions", "versions", "products", "compilations", "measurements"}
 
 
 def conforms(results: dict[str, Any]) -> None:
@@ -27,6 +27,7 @@ def conforms(results: dict[str, Any]) -> None:
     assert results["schema"] == SCHEMA
     assert {"python", "torch", "jax", "flax", "numpy"} <= set(results["versions"])
     assert {"cpu", "cores", "memory in GB"} <= set(results["machine"])
+    assert {"started", "minutes", "seconds", "lanes", "load at start", "most"} == set(results["sessions"][-1])
     for each in results["measurements"]:
         load = Workload(**each["workload"])
         assert load.n in LENGTHS
@@ -81,6 +82,25 @@ def test_page_says_what_the_results_say() -> None:
     page = (ROOT / "docs" / "benchmarks-cpu.md").read_text()
     assert report.SECTION.findall(page) == [report.section(json.loads(PUBLISHED.read_text()))]
     assert (ROOT / "docs" / "benchmarks-cpu.png").stat().st_size < 200_000
+
+
+def test_a_run_goes_on_where_an_earlier_one_stopped(smallest: tuple[dict[str, Any], str], tmp_path: Path) -> None:
+    """Only what had no time is measured again; with another machine's results nothing is."""
+    results = json.loads(json.dumps(smallest[0]))
+    for each in results["measurements"]:
+        if each["fresh"] and each["entry"] == TORCH_BLOCKWISE.name:
+            each.update(runs=[], not_run=TIME_IS_UP)
+    path = tmp_path / "cpu.json"
+    path.write_text(json.dumps(results))
+    run = Run(path, 1, [0])
+    (left,) = run.resume(quick())
+    assert left.fresh
+    assert TORCH_BLOCKWISE in left.entries
+    assert not any(each["fresh"] for each in run.results["measurements"])
+    assert len(run.results["sessions"]) == 2
+    path.write_text(json.dumps({**results, "machine": {"cpu": "another"}}))
+    with pytest.raises(click.ClickException, match="another machine"):
+        Run(path, 1, [0]).resume(quick())
 
 
 def test_jobs_are_named_once() -> None:

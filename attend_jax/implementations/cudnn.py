@@ -19,7 +19,7 @@ def unavailable() -> str | None:
 
 def refusal(call: Call) -> str | None:
     """Why cuDNN cannot serve this call, or None."""
-    if reason := xla.refusal(call):
+    if reason := xla.jax_nn_refusal(call):
         return reason
     if call.dtype not in ("float16", "bfloat16"):
         return f"it takes float16 and bfloat16, not {call.dtype}"

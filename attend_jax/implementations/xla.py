@@ -15,7 +15,20 @@ def unavailable() -> str | None:
 
 
 def refusal(call: Call) -> str | None:
-    """Why jax.nn cannot serve this call, or None."""
+    """Why jax.nn cannot serve this call in its XLA form, or None."""
+    if reason := jax_nn_refusal(call):
+        return reason
+    if call.dtype == "float16" and (call.platform == "cpu" or min(call.i, call.j) == 1):
+        return "XLA has not all of the float16 products that it asks for: none on a CPU, none with a vector on a GPU"
+    if call.bias_dtype is not None and call.bias_dtype != call.dtype != "float32":
+        return f"its gradient of a {call.bias_dtype} bias would be rounded to {call.dtype}"
+    if call.dtype != "float32" and jax.config.jax_numpy_dtype_promotion == "strict":  # type: ignore[attr-defined]
+        return f"its gradients of {call.dtype} break under strict dtype promotion"
+    return None
+
+
+def jax_nn_refusal(call: Call) -> str | None:
+    """What jax.nn cannot do in either form."""
     if call.return_lse:
         return "it has no differentiable lse"
     if call.softcap is not None:
@@ -28,12 +41,6 @@ def refusal(call: Call) -> str | None:
         return "it needs dv == d"
     if call.dtype == "float64":
         return "it takes the softmax of float64 in float32"
-    if call.dtype == "float16" and call.platform == "cpu":
-        return "the float16 products that it asks for do not exist on a CPU"
-    if call.bias_dtype is not None and call.bias_dtype != call.dtype != "float32":
-        return f"its gradient of a {call.bias_dtype} bias would be rounded to {call.dtype}"
-    if call.dtype != "float32" and jax.config.jax_numpy_dtype_promotion == "strict":  # type: ignore[attr-defined]
-        return f"its gradients of {call.dtype} break under strict dtype promotion"
     if call.is_empty:
         return "it averages padding where there is no key"
     return None
