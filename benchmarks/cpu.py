@@ -29,29 +29,33 @@ from benchmarks.workloads import PRINCIPAL, Entry, Job, Workload, jobs, quick
 
 SCHEMA = 1
 TIME_IS_UP = "the time of this run was up"
-MOST = 12.5e9  # bytes: what is expected to need more is not started
-SPARE = 3e9  # bytes of the machine's memory that are left to others
+SPARE = 2e9  # bytes of the machine's memory that are left to others
+LARGE = 0.5e9  # bytes from which on an entry waits for its memory to be free
 COMPILED_TWICE = ((8192, False), (2048, True))  # lengths, and whether with gradients, at which compilations are counted
 
 
 class Memory:
-    """A share of the machine's memory that callers take from, and wait for."""
+    """The machine's memory, which the lanes share with each other and with whatever else runs."""
 
-    def __init__(self, size: float) -> None:
-        self.free, self.condition = size, threading.Condition()
+    def __init__(self) -> None:
+        self.taken_by_us, self.lock = 0.0, threading.Lock()
 
     @contextlib.contextmanager
-    def taken(self, size: float) -> Iterator[None]:
-        """Wait until as much is free."""
-        with self.condition:
-            self.condition.wait_for(lambda: self.free >= size)
-            self.free -= size
+    def taken(self, size: float, end: float) -> Iterator[None]:
+        """Wait until as much is free beyond what is taken already, whether in use yet or not; Lost where it is not."""
+        while size:
+            with self.lock:
+                if available() - self.taken_by_us >= size + SPARE:
+                    self.taken_by_us += size
+                    break
+            if time.monotonic() > end:
+                raise Lost("")
+            time.sleep(0.5)
         try:
             yield
         finally:
-            with self.condition:
-                self.free += size
-                self.condition.notify_all()
+            with self.lock:
+                self.taken_by_us -= size
 
 
 def available() -> float:
@@ -78,11 +82,10 @@ def machine() -> dict[str, Any]:
 class Run:
     """One run of the benchmark: its results so far, and what its lanes share."""
 
-    def __init__(self, path: Path, minutes: float, lanes: list[int]) -> None:
+    def __init__(self, path: Path, minutes: float, most: float, lanes: list[int]) -> None:
         self.path, self.lanes = path, lanes
         self.end = time.monotonic() + 60 * minutes
-        self.most = min(MOST, max(0.0, available() - SPARE))
-        self.memory = Memory(max(self.most, available() - SPARE))
+        self.most, self.memory = most, Memory()
         self.lock = threading.Lock()
         self.session: dict[str, Any] = {
             "started": datetime.now(UTC).isoformat(timespec="seconds"), "minutes": minutes, "seconds": 0,
@@ -201,13 +204,13 @@ class Run:
             raise Lost(f"needs about {needs / 1e9:.0f} GB, and this run allows {self.most / 1e9:.1f}")
         if self.left <= 0:
             raise Lost("")
-        with self.memory.taken(needs if needs > 1e9 else 0):
+        with self.memory.taken(needs if needs > LARGE else 0, self.end):
             if key not in workers:
                 workers[key] = Worker(self.lanes[lane])
             if turn == 0:
                 record.update(workers[key].ask(self.left, "prepare", entry=entry, workload=job.workload))
             run = workers[key].ask(self.left, "call", name=entry.name, once=job.fresh)
-        run["at"] = round(self.end - self.left, 2)
+        run["at"] = round(60 * self.session["minutes"] - self.left, 2)
         record.setdefault("first", []).append(run) if turn == 0 and not job.fresh else record["runs"].append(run)
 
     def work(self, todo: list[Job], progress: Progress) -> None:
@@ -227,8 +230,9 @@ class Run:
                     found = self.perform(job, lane)
                     self.results["measurements"] += found
                     self.save()
-                    parts = (f"{each['entry']} {report.milliseconds(each) or each['not_run']}" for each in found)
-                    progress.console.print(f"[dim]{title}:[/] {'; '.join(parts)}", highlight=False)
+                    if self.left > 0:
+                        parts = (f"{each['entry']} {report.milliseconds(each) or each['not_run']}" for each in found)
+                        progress.console.print(f"[dim]{title}:[/] {'; '.join(parts)}", highlight=False)
                     progress.advance(bar)
             except BaseException as error:
                 failures.append(error)
@@ -248,14 +252,15 @@ class Run:
     "--out", default="out/benchmarks-cpu.json", show_default=True, type=click.Path(path_type=Path), help="The results."
 )
 @click.option("--minutes", default=90.0, show_default=True, help="What is not done by then is recorded as not run.")
+@click.option("--gigabytes", default=8.0, show_default=True, help="What is expected to need more is not started.")
 @click.option("--quick", "short", is_flag=True, help="The smallest workload, once.")
 @click.option("--resume", is_flag=True, help="Measure what the run before, in the same file, did not come to.")
 @click.option("--publish", is_flag=True, help="Renew docs/results/cpu.json, docs/benchmarks-cpu.md and its plot.")
-def main(out: Path, minutes: float, short: bool, resume: bool, publish: bool) -> None:
+def main(out: Path, minutes: float, gigabytes: float, short: bool, resume: bool, publish: bool) -> None:
     """Measure attention on this CPU against its peers, and print the tables."""
     width = shutil.get_terminal_size((150, 24)).columns
     console = Console(width=max(width, 150))
-    run, todo = Run(out, minutes, cores()), quick() if short else jobs(minutes)
+    run, todo = Run(out, minutes, 1e9 * gigabytes, cores()), quick() if short else jobs(minutes)
     if resume:
         todo = run.resume(todo)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

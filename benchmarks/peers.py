@@ -22,12 +22,13 @@ class Prepared(NamedTuple):
     Attributes:
         call: makes it, waits for it, and returns its results.
         chosen: the implementation that it takes, where this library chooses.
-        compile_seconds: wall time of tracing and compiling it, where it was compiled here.
+        compile_seconds, compile_cpu_seconds: wall and CPU time of tracing and compiling it, where it was compiled here.
     """
 
     call: Callable[[], Any]
     chosen: str | None = None
     compile_seconds: float | None = None
+    compile_cpu_seconds: float | None = None
 
 
 @cache
@@ -67,18 +68,18 @@ def _prepare_jax(entry: Entry, workload: Workload) -> Prepared:
 
     # What a first call loads is not its memory.
     jax.block_until_ready(jax.jit(jax.grad(lambda x: jnp.exp(x @ x).sum()))(jnp.ones((8, 8))))
-    begin = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     if workload.backward:
         compiled = jax.jit(with_gradients).lower(*inputs).compile()
     else:
         compiled, inputs = jax.jit(attention).lower(*inputs[:3]).compile(), inputs[:3]
-    seconds = time.perf_counter() - begin
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     chosen = None
     if entry.name.startswith("attend_jax"):
         import attend_jax
 
         chosen = attend_jax.explain(*inputs[:3], is_causal=workload.causal, implementation=_named(entry)).chosen
-    return Prepared(partial(_waited, compiled, *inputs), chosen, seconds)
+    return Prepared(partial(_waited, compiled, *inputs), chosen, wall, cpu)
 
 
 def _named(entry: Entry) -> str | None:
@@ -133,9 +134,9 @@ def _prepare_torch(entry: Entry, workload: Workload) -> Prepared:
     if not entry.name.endswith("compiled") and workload.n > WARM:  # as above
         _prepare_torch(entry, workload._replace(n=WARM)).call()
     if entry.name.endswith("compiled"):
-        begin = time.perf_counter()
+        wall, cpu = time.perf_counter(), time.process_time()
         call()
-        return Prepared(call, None, time.perf_counter() - begin)
+        return Prepared(call, None, time.perf_counter() - wall, time.process_time() - cpu)
     if not entry.name.startswith("attend_torch"):
         return Prepared(call)
     import attend_torch

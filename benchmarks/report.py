@@ -110,13 +110,19 @@ class Results:
     def reasons(self, entries: Iterable[str], workloads: Iterable[Workload]) -> tuple[str, ...]:
         """Why nothing ran, in words, where something was to."""
         found: dict[str, list[str]] = {}
+        names = list(entries)
         for workload in workloads:
-            for entry in entries:
-                records = self.all(entry, workload)
-                if records and not any(each["runs"] for each in records):
-                    reason = records[0]["not_run"] or "its process was lost"
-                    found.setdefault(reason, []).append(f"{entry} at {workload.n}")
-        return tuple(f"Not run: {', '.join(who)}: {why}." for why, who in found.items())
+            planned = {name: self.all(name, workload) for name in names}
+            planned = {name: records for name, records in planned.items() if records}
+            missing = {name: records for name, records in planned.items() if not any(each["runs"] for each in records)}
+            what = ", ".join(part for part in (workload.feature, f"{workload.n}") if part)
+            by_reason: dict[str, list[str]] = {}
+            for name, records in missing.items():
+                by_reason.setdefault(records[0]["not_run"], []).append(name)
+            for reason, who in by_reason.items():
+                everyone = len(who) == len(planned) > 1
+                found.setdefault(reason, []).append(f"all at {what}" if everyone else f"{' and '.join(who)} at {what}")
+        return tuple(f"Not run, {why}: {'; '.join(who)}." for why, who in found.items())
 
 
 def lengths(run: dict[str, Any]) -> list[int]:
@@ -162,7 +168,8 @@ def against(found: tuple[float, float, float, int] | None, unit: str = "x") -> s
     if found is None:
         return "not run"
     middle, low, high, count = found
-    return f"{middle:.2f}{unit}" + (f" ({low:.2f} to {high:.2f}, {count} runs)" if count > 1 else " (1 run)")
+    digits = 3 if middle < 2 else 2
+    return f"{middle:.{digits}f}{unit}" + (f" ({low:.2f} to {high:.2f}, {count} runs)" if count > 1 else " (1 run)")
 
 
 def features(results: Results) -> list[Table]:
@@ -295,8 +302,8 @@ def compiling(results: Results) -> list[Table]:
         for causal, backward in MODES:
             load = Workload(n, causal, backward)
             found = [
-                {each["compile_seconds"] for each in results.all(name, load) if each.get("compile_seconds")}
-                for name in ("attend_jax blockwise", "jax.nn")
+                {each[unit] for each in results.all(name, load) if each.get(unit)}
+                for name in ("attend_jax blockwise", "jax.nn") for unit in ("compile_seconds", "compile_cpu_seconds")
             ]  # fmt: skip
             if found[0] and n in (2048, 8192):
                 rows.append((f"{n}", load.name, *(", ".join(f"{x:.1f}" for x in sorted(each)) for each in found)))
@@ -304,8 +311,8 @@ def compiling(results: Results) -> list[Table]:
         f"{name.capitalize()}: {count} compilation{'s' * (count != 1)} for two calls of one shape."
         for name, count in results.run["compilations"].items()
     )
-    header = ("tokens", "mode", "attend_jax blockwise", "jax.nn")
-    return [Table("Wall seconds of tracing and compiling", header, rows, notes)] if rows else []
+    header = ("tokens", "mode", "attend_jax blockwise, wall", "CPU", "jax.nn, wall", "CPU")
+    return [Table("Seconds of tracing and compiling", header, rows, notes)] if rows else []
 
 
 def floor(results: Results) -> list[Table]:

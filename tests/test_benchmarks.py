@@ -92,7 +92,7 @@ def test_a_run_goes_on_where_an_earlier_one_stopped(smallest: tuple[dict[str, An
             each.update(runs=[], not_run=TIME_IS_UP)
     path = tmp_path / "cpu.json"
     path.write_text(json.dumps(results))
-    run = Run(path, 1, [0])
+    run = Run(path, 1, 1e9, [0])
     (left,) = run.resume(quick())
     assert left.fresh
     assert TORCH_BLOCKWISE in left.entries
@@ -100,7 +100,7 @@ def test_a_run_goes_on_where_an_earlier_one_stopped(smallest: tuple[dict[str, An
     assert len(run.results["sessions"]) == 2
     path.write_text(json.dumps({**results, "machine": {"cpu": "another"}}))
     with pytest.raises(click.ClickException, match="another machine"):
-        Run(path, 1, [0]).resume(quick())
+        Run(path, 1, 1e9, [0]).resume(quick())
 
 
 def test_jobs_are_named_once() -> None:

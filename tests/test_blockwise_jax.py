@@ -57,7 +57,10 @@ RAGGED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
         {"bias": jax.random.normal(jax.random.key(3), (2, 1, 300, 1)),
          "mask": jax.random.bernoulli(jax.random.key(9), 0.5, (2, 2, 300, 515))},
     ),
-    "documents": ((2, 2, 1, 515, 515, 8), {"q_segment_ids": jnp.arange(1030).reshape(2, 515) // 200, "is_causal": True}),
+    "documents": (
+        (2, 2, 1, 515, 515, 8),
+        {"q_segment_ids": jnp.arange(1030).reshape(2, 515) // 200, "is_causal": True},
+    ),
 }  # fmt: skip
 
 

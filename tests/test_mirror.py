@@ -14,7 +14,9 @@ import pytest
 import attend_jax
 import attend_jax.linen
 import attend_torch
+from attend_jax.implementations import table as jax_table
 from attend_shared import wrong_calls
+from attend_torch.implementations import table as torch_table
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("attend_torch", "attend_jax")
@@ -24,8 +26,6 @@ ONE_SIDED_FILES = {
     "attend_torch/implementations/sdpa.py": "torch's own attention",
     "attend_jax/implementations/xla.py": "JAX's own attention",
     "attend_jax/implementations/cudnn.py": "JAX's own attention on NVIDIA GPUs, where torch's is inside sdpa",
-    "attend_jax/implementations/blockwise.py": "JAX has nothing of its own on a CPU that makes no large array",
-    "attend_jax/implementations/rowwise.py": "for short sequences, where blocks do not pay; torch has sdpa",
     "attend_torch/hooks/transformers.py": "the host is a PyTorch library",
     "attend_torch/hooks/x_transformers.py": "the host is a PyTorch library",
     "attend_jax/hooks/flax.py": "the host is a JAX library",
@@ -39,18 +39,13 @@ ONE_SIDED_NAMES = {
     "attend_jax.arrays.segment_ids": "JAX compares one dtype with itself only",
     "attend_jax.attend.Array": "JAX takes NumPy arrays as well",
     "attend_jax.convert.Array": "JAX takes NumPy arrays as well",
-    "attend_torch.implementations.SDPA": "a row of the table",
-    "attend_jax.implementations.CUDNN": "a row of the table",
-    "attend_jax.implementations.XLA": "a row of the table",
-    "attend_jax.implementations.BLOCKWISE": "a row of the table",
-    "attend_jax.implementations.ROWWISE": "a row of the table",
-    "attend_jax.implementations.einsum.HIGHEST": "torch has no precision by call, and full precision by default",
 }
 OTHER_SIGNATURES = {
     "arrays.indices": "torch must know on which device",
     "philox.keep_mask": "an operator of torch's, so that a compiler takes it whole",
     "philox.seed_words": "torch must know on which device",
 }
+INTERFACE = {"unavailable": [], "refusal": ["call"], "attend": ["call", "arrays"]}  # of an implementation
 # What Flax forces on Attend: parameters after ours, with their defaults.
 FORCED = {
     "attend_torch.Attend": {},
@@ -105,7 +100,13 @@ def functions(module: str) -> list[str]:
     return sorted(name for name in names if callable(getattr(torch, name)) and callable(getattr(jax, name)))
 
 
-FUNCTIONS = [(module, name) for module in modules() if module for name in functions(module) if name != "Attend"]
+FUNCTIONS = [
+    (module, name)
+    for module in modules()
+    if module and not module.startswith("implementations")
+    for name in functions(module)
+    if name != "Attend"
+]
 DOCUMENTED = [*(each for each in FUNCTIONS if each[0] in ("attend", "convert")), ("module", "Attend")]  # for users
 
 
@@ -136,13 +137,27 @@ def test_files() -> None:
 
 
 def test_names() -> None:
+    """But for what is inside an implementation, which is a framework's own affair."""
     one_sided = set()
     for module in modules():
+        if module.startswith("implementations"):
+            continue
         (torch, jax), names = twins(module), [public(each) for each in twins(module)]
         one_sided |= {f"{torch.__name__}.{name}" for name in names[0] - names[1]}
         one_sided |= {f"{jax.__name__}.{name}" for name in names[1] - names[0]}
     assert one_sided == set(ONE_SIDED_NAMES)
     assert all(ONE_SIDED_NAMES.values())
+
+
+def test_implementations_are_three_functions() -> None:
+    for package, table in (("attend_torch", torch_table()), ("attend_jax", jax_table())):
+        names = [entry.name for entry in table]
+        for entry in table:
+            assert entry.module.__name__ == f"{package}.implementations.{entry.name}"
+            shapes = {name: [p for p, _, _ in parameters(getattr(entry.module, name))] for name in INTERFACE}
+            assert shapes == INTERFACE
+        in_folder = {Path(name).stem for name in files(package) if name.startswith("implementations/")} - {"__init__"}
+        assert in_folder == set(names), "one file each, all in the table"
 
 
 def test_the_packages_offer_the_same() -> None:

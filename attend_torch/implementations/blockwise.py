@@ -1,8 +1,8 @@
 """Attention by blocks of queries against blocks of keys, in memory linear in the lengths, on any device.
 
-A block of queries goes over the blocks of keys that it can see, and keeps a running maximum m, a running sum l and a
+A block of queries goes over the blocks of keys that it can see, and keeps a running maximum m, a running total and a
 running output; blocks that positions, segments, lengths or a key mask rule out are not visited. The way back visits
-the same blocks and makes the weights again from m and l, which say what lse cannot when its ulp is large.
+the same blocks and makes the weights again from m and total, which say what lse cannot when its ulp is large.
 
 Both ways are operators of their own: a compiler takes them whole, and inside them nothing records a graph, so that
 tiles of logits are made in place, in the same few buffers.
@@ -69,7 +69,7 @@ FLOATS = tuple(Arrays._fields.index(name) for name in ("q", "k", "v", "bias", "s
 
 
 class _Attend(torch.autograd.Function):
-    """(options, *arrays) -> out, lse, m, l."""
+    """(options, *arrays) -> out, lse, m, total."""
 
     @staticmethod
     def forward(options: tuple, *arrays: Any) -> tuple[Tensor, ...]:
@@ -91,7 +91,13 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> tuple:
         function, places, floats = _answer(ctx)
-        return *rowwise.pushed(function, floats, [rowwise.filled(tangents[n], x) for n, x in zip(places, floats, strict=True)]), None, None
+        return (
+            *rowwise.pushed(
+                function, floats, [rowwise.filled(tangents[n], x) for n, x in zip(places, floats, strict=True)]
+            ),
+            None,
+            None,
+        )
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
@@ -99,7 +105,7 @@ class _Attend(torch.autograd.Function):
 
 
 class _Gradients(torch.autograd.Function):
-    """(whether dbias is wanted, options, *arrays, out, m, l, dout, dlse) -> dq, dk, dv, dbias, dsinks."""
+    """(whether dbias is wanted, options, *arrays, out, m, total, dout, dlse) -> dq, dk, dv, dbias, dsinks."""
 
     @staticmethod
     def forward(wants_bias: bool, options: tuple, *inputs: Any) -> tuple[Tensor, ...]:
@@ -132,7 +138,7 @@ class _Gradients(torch.autograd.Function):
 def _answer(ctx: Any) -> tuple[Callable, list[int], list[Tensor]]:
     """The same attention by rows, as a function of what has a derivative: it, the places of its arguments, and them.
 
-    Second derivatives and those forward are taken of it, where out, m and l are functions of the arrays.
+    Second derivatives and those forward are taken of it, where out, m and total are functions of the arrays.
     """
     call, arrays = _canonical(ctx.saved_tensors[:12], *ctx.options)
     places = [place for place in FLOATS if arrays[place] is not None]
@@ -181,7 +187,9 @@ def _canonical(
 ) -> tuple[Call, Arrays]:  # fmt: skip
     """The call that these arrays and options are, its offset an int or a tensor among the arrays."""
     data = Arrays(*arrays)
-    call = check(FRAMEWORK, data._replace(q_offset=None, dropout_seed=None), False, None, softcap, scale, 0.0, True, "bhnd", None)
+    call = check(
+        FRAMEWORK, data._replace(q_offset=None, dropout_seed=None), False, None, softcap, scale, 0.0, True, "bhnd", None
+    )
     call = call._replace(left=left, right=right, offset="data", dropout=dropout)
     return call, data if data.q_offset is not None else data._replace(q_offset=offset)
 
@@ -191,17 +199,17 @@ COUNT = len(Arrays._fields)
 
 
 def _attend(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out (b h i dv), lse, m and l (b h i), all in the accumulation dtype.
+    """out (b h i dv), lse, m and total (b h i), all in the accumulation dtype.
 
-    m is the largest logit of a row, sink included, in units of `_Tiles.unit`; l is the sum of exp(s - m).
+    m is the largest logit of a row, sink included, in units of `_Tiles.unit`; total is the sum of exp(s - m).
     """
     return _forward(*_canonical(inputs[:COUNT], *inputs[COUNT:]))
 
 
 def _attend_fake(q: Tensor, _: Tensor, v: Tensor, *__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out, lse, m, l = (q.new_empty((*q.shape[:3], *size), dtype=wide) for size in ((v.shape[3],), (), (), ()))
-    return out, lse, m, l
+    out, lse, m, total = (q.new_empty((*q.shape[:3], *size), dtype=wide) for size in ((v.shape[3],), (), (), ()))
+    return out, lse, m, total
 
 
 def _gradients(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -220,9 +228,9 @@ def _gradients_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     """What the way back needs."""
-    out, _, m, l = output
+    out, _, m, total = output
     ctx.options = tuple(inputs[COUNT:])
-    ctx.save_for_backward(*inputs[:COUNT], out, m, l)
+    ctx.save_for_backward(*inputs[:COUNT], out, m, total)
 
 
 def _derive(ctx: Any, dout: Tensor, dlse: Tensor, *_: Any) -> tuple:
@@ -233,12 +241,15 @@ def _derive(ctx: Any, dout: Tensor, dlse: Tensor, *_: Any) -> tuple:
 
 
 _ARRAYS = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in Arrays._fields)
-_SAVED = "Tensor out, Tensor m, Tensor l, Tensor dout, Tensor dlse, bool wants_bias"
+_SAVED = "Tensor out, Tensor m, Tensor total, Tensor dout, Tensor dlse, bool wants_bias"
 _OPTIONS = "SymInt? left, SymInt? right, SymInt offset, float scale, float? softcap, float dropout"
 _LIBRARY = torch.library.Library("attend_torch", "FRAGMENT")
 _LIBRARY.define(f"blockwise({_ARRAYS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
 _LIBRARY.define(f"blockwise_gradients({_ARRAYS}, {_SAVED}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-for _name, _function, _fake in (("blockwise", _attend, _attend_fake), ("blockwise_gradients", _gradients, _gradients_fake)):
+for _name, _function, _fake in (
+    ("blockwise", _attend, _attend_fake),
+    ("blockwise_gradients", _gradients, _gradients_fake),
+):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attend_torch::{_name}", _fake, lib=_LIBRARY)
 torch.library.register_autograd("attend_torch::blockwise", _derive, setup_context=_keep, lib=_LIBRARY)
@@ -280,7 +291,7 @@ class _Tiles:
         self.wide = getattr(torch, call.accumulation)
         self.group = call.h // call.hk
         self.on_cpu = call.platform == "cpu"  # there data may be read: elsewhere that would wait for the device
-        # exp2 is several times as fast as exp where weights vanish. A bias may be as low as numbers go: it stays itself.
+        # exp2 is several times as fast as exp where weights vanish. A bias may be as low as numbers go, and stays.
         self.unit = LOG2E if data.bias is None else 1.0
         self.lowest = torch.finfo(self.wide).min
         # The finer the blocks, the more is skipped; the larger, the less every operation weighs.
@@ -290,7 +301,9 @@ class _Tiles:
         rows = self.group * self.queries.size
         self.keys = _cut(call.j, max(block, most // (rows * lanes)), 4)  # dropout draws keys by fours
         self.joined = max(1, most // (rows * self.keys.size))  # neighbouring blocks of keys that may be one tile
-        self.slabs = self._slabs(max(1, most // (rows * min(call.j, self.joined * self.keys.size))) if self.on_cpu else lanes)
+        self.slabs = self._slabs(
+            max(1, most // (rows * min(call.j, self.joined * self.keys.size))) if self.on_cpu else lanes
+        )
         self.buffers: dict[str, Tensor] = {}
         self.patterns: dict[tuple[int, int, int], Tensor] = {}
         self.seed = data.dropout_seed.tolist() if call.dropout and self.on_cpu else None
@@ -305,13 +318,23 @@ class _Tiles:
         for item, head in starts:
             end, stop = min(call.b, item + items.size), min(call.hk, head + heads.size)
             if item < end and head < stop:
-                slabs.append(_Slab(slice(item, end), slice(head, stop), slice(head * group, stop * group), (end - item) * (stop - head)))
+                slabs.append(
+                    _Slab(
+                        slice(item, end),
+                        slice(head, stop),
+                        slice(head * group, stop * group),
+                        (end - item) * (stop - head),
+                    )
+                )
         return slabs
 
     def _look(self) -> None:
         """Which blocks of queries may see which blocks of keys: some, placed and free, bool (b, queries, keys)."""
         call, data = self.call, self.data
-        (i, j), (queries, keys) = (torch.arange(n.count) * n.size for n in (self.queries, self.keys)), (self.queries, self.keys)
+        (i, j), (queries, keys) = (
+            (torch.arange(n.count) * n.size for n in (self.queries, self.keys)),
+            (self.queries, self.keys),
+        )
         of_i = Seen(i[:, None], (i + queries.size).clamp(max=call.i)[:, None] - 1)
         of_j = Seen(j, (j + keys.size).clamp(max=call.j) - 1)
         offset = data.q_offset
@@ -388,11 +411,13 @@ class _Tiles:
         return x[tuple(slice(None) if n == 1 else place for n, place in zip(x.shape, places, strict=True))]
 
     def logits(self, tile: _Tile, q: Tensor, k: Tensor, capped: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The logits of a tile times `unit`, -inf where not allowed, and tanh of the softcap, if the way back needs it."""
+        """The logits of a tile times `unit`, -inf where not allowed, and if `capped` the tanh of the softcap."""
         call, data = self.call, self.data
         k = k[:, tile.columns]
         s, tanh = self.buffer("s", slab_n := q.shape[0], q.shape[1], k.shape[1]), None
-        torch.baddbmm(s, q, k.mT, beta=0, alpha=call.scale / call.softcap if call.softcap else call.scale * self.unit, out=s)
+        torch.baddbmm(
+            s, q, k.mT, beta=0, alpha=call.scale / call.softcap if call.softcap else call.scale * self.unit, out=s
+        )
         if call.softcap is not None:
             tanh = torch.tanh(s, out=self.buffer("tanh", slab_n, q.shape[1], k.shape[1]) if capped else s)
             torch.mul(tanh, call.softcap * self.unit, out=s)
@@ -453,11 +478,16 @@ class _Tiles:
         if self.seed is None:
             device = self.data.q.device
             item, head, rows, of_keys = (_range(x, device) for x in (slab.items, slab.heads, tile.rows, quads))
-            kept = philox.keep_block(self.data.dropout_seed, item[:, None, None, None], head[:, None, None], rows, of_keys, call.dropout)
+            kept = philox.keep_block(
+                self.data.dropout_seed, item[:, None, None, None], head[:, None, None], rows, of_keys, call.dropout
+            )
         else:  # NumPy's integer products are twice as fast as torch's
-            item, head, rows, of_keys = (np.arange(x.start, x.stop) for x in (slab.items, slab.heads, tile.rows, quads))
-            words = numpy_philox.words((of_keys, rows[:, None], head[:, None, None], item[:, None, None, None]), self.seed)
-            kept = torch.from_numpy(words.reshape(*words.shape[:3], -1) >= np.uint32(numpy_philox.threshold(call.dropout)))
+            counts = [np.arange(x.start, x.stop) for x in (slab.items, slab.heads, tile.rows, quads)]
+            counter = (counts[3], counts[2][:, None], counts[1][:, None, None], counts[0][:, None, None, None])
+            words = numpy_philox.words(counter, self.seed)
+            kept = torch.from_numpy(
+                words.reshape(*words.shape[:3], -1) >= np.uint32(numpy_philox.threshold(call.dropout))
+            )
         width = tile.columns.stop - tile.columns.start
         return kept[..., :width].reshape(slab.n, -1, width).view(torch.uint8).to(self.wide)
 
@@ -473,7 +503,12 @@ def covered(call: Call, offset: Any, queries: Seen, keys: Seen) -> Any:
     if call.left is not None:
         every = every & (keys.first - queries.last + call.left >= offset)
     if call.segments:
-        every = every & (keys.low_id == keys.high_id) & (queries.low_id == queries.high_id) & (keys.low_id == queries.low_id)
+        every = (
+            every
+            & (keys.low_id == keys.high_id)
+            & (queries.low_id == queries.high_id)
+            & (keys.low_id == queries.low_id)
+        )
     if call.kv_lengths:
         every = every & (keys.last < keys.length)
     if call.q_lengths:
@@ -500,11 +535,11 @@ def _range(part: slice, device: torch.device) -> Tensor:
 
 def _forward(call: Call, data: Arrays) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tiles = _Tiles(call, data)
-    m, l = (data.q.new_empty((call.b, call.h, call.i), dtype=tiles.wide) for _ in range(2))
+    m, total = (data.q.new_empty((call.b, call.h, call.i), dtype=tiles.wide) for _ in range(2))
     out = m.new_empty((*m.shape, call.dv))
     sinks = data.q.new_full((call.h,), -math.inf, dtype=tiles.wide) if data.sinks is None else data.sinks.to(tiles.wide)
     m.copy_((sinks * tiles.unit).clamp(min=tiles.lowest)[:, None])  # not -inf: what is taken off a logit must be finite
-    l.copy_((sinks != -math.inf)[:, None])
+    total.copy_((sinks != -math.inf)[:, None])
     for slab in tiles.slabs:
         k, v = tiles.keys_of(data.k, slab), tiles.keys_of(data.v, slab)
         for rows, visits in tiles.walk(slab):
@@ -512,7 +547,7 @@ def _forward(call: Call, data: Arrays) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             if not visits:
                 out[at] = 0
                 continue
-            q, top, total = (tiles.queries_of(x, slab, rows) for x in (data.q, m, l))
+            q, top, total = (tiles.queries_of(x, slab, rows) for x in (data.q, m, total))
             answer = q.new_zeros((*q.shape[:2], call.dv))
             for turn, tile in enumerate(visits):
                 s, _ = tiles.logits(tile, q, k)
@@ -526,8 +561,8 @@ def _forward(call: Call, data: Arrays) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                     answer.mul_(shrink[..., None])
                 answer.baddbmm_(p, v[:, tile.columns])
             answer.div_((torch.where(total == 0, 1, total) * (1 - call.dropout))[..., None])
-            out[at], m[at], l[at] = (tiles.by_head(x, slab) for x in (answer, top, total))
-    return out, m / tiles.unit + l.log(), m, l
+            out[at], m[at], total[at] = (tiles.by_head(x, slab) for x in (answer, top, total))
+    return out, m / tiles.unit + total.log(), m, total
 
 
 def _weights(tiles: _Tiles, s: Tensor, top: Tensor | None = None) -> Tensor:
@@ -538,13 +573,13 @@ def _weights(tiles: _Tiles, s: Tensor, top: Tensor | None = None) -> Tensor:
 
 
 def _backward(
-    call: Call, data: Arrays, out: Tensor, m: Tensor, l: Tensor, dout: Tensor, dlse: Tensor, wants_bias: bool
+    call: Call, data: Arrays, out: Tensor, m: Tensor, total: Tensor, dout: Tensor, dlse: Tensor, wants_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of a call from what its way forward kept."""
     tiles = _Tiles(call, data)
     dq, dk, dv = data.q.new_empty(data.q.shape), data.k.new_zeros(data.k.shape), data.v.new_zeros(data.v.shape)
-    inverse = torch.where(l == 0, 0, 1 / l)
-    slope = torch.where(l == 0, 0, dlse)  # what every logit of a row gets besides its own share
+    inverse = torch.where(total == 0, 0, 1 / total)
+    slope = torch.where(total == 0, 0, dlse)  # what every logit of a row gets besides its own share
     dbias = data.q.new_empty(0)
     if wants_bias:
         once = data.bias.shape == (call.b, call.h, call.i, call.j)  # nothing is summed
@@ -560,7 +595,7 @@ def _backward(
             q, do, top, share, one = (tiles.queries_of(x, slab, rows) for x in (data.q, dout, m, slope, inverse))
             share, one = share[..., None], one[..., None]
             do = do / (1 - call.dropout) if call.dropout else do
-            do_over_l, q_over_l = do * one, q * one  # weights are divided by l where there are fewer columns
+            do_over_l, q_over_l = do * one, q * one  # weights are divided by total where there are fewer columns
             dq_rows = torch.zeros_like(q)
             for tile in visits:
                 k_tile, v_tile = k[:, tile.columns], v[:, tile.columns]

@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-
-from attend_shared.call import FAR, Arrays, Call
 from torch.utils.checkpoint import checkpoint
 
+from attend_shared.call import FAR, Arrays, Call
 from attend_torch.arrays import hide, hide_rows
 from attend_torch.implementations import einsum
 
@@ -43,7 +42,9 @@ def rows(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     if call.is_empty:
         return einsum.compute(call, arrays)
     size = max(1, min(call.i, LOGITS // max(1, call.b * call.h * call.j)))
-    out, lse = zip(*(_block(call, arrays, first, min(size, call.i - first)) for first in range(0, call.i, size)), strict=True)
+    out, lse = zip(
+        *(_block(call, arrays, first, min(size, call.i - first)) for first in range(0, call.i, size)), strict=True
+    )
     return torch.cat(out, 2), torch.cat(lse, 2)
 
 
@@ -60,7 +61,9 @@ def _block(call: Call, arrays: Arrays, first: int, size: int) -> tuple[Tensor, T
         return x.long().clamp(-FAR, FAR) + by if isinstance(x, Tensor) else x + by  # a far one must not wrap
 
     offset = {"zero": 0, "end": call.j - call.i, "data": arrays.q_offset}[call.offset] if call.positional else None
-    part = call._replace(i=size, mask=shape(call.mask), bias=shape(call.bias), offset="data" if call.positional else "zero")
+    part = call._replace(
+        i=size, mask=shape(call.mask), bias=shape(call.bias), offset="data" if call.positional else "zero"
+    )
     data = arrays._replace(
         q=pick(arrays.q, 2), mask=pick(arrays.mask, 2), bias=pick(arrays.bias, 2),
         q_offset=None if offset is None else moved(offset, first), q_segment_ids=pick(arrays.q_segment_ids, 1),
@@ -124,8 +127,8 @@ def pushed(function: Callable, inputs: Sequence[Tensor], tangents: Sequence[Tens
 
     What vjp gives is linear in its cotangents, so its own derivative is the transpose. Forward mode does not nest.
     """
-    outputs, pull = torch.func.vjp(function, *inputs)
-    _, push = torch.func.vjp(pull, tuple(torch.zeros_like(x) for x in outputs))
+    outputs, pull = torch.func.vjp(function, *inputs)[:2]
+    push = torch.func.vjp(pull, tuple(torch.zeros_like(x) for x in outputs))[1]
     return push(tuple(tangents))[0]
 
 

@@ -350,7 +350,9 @@ def canonical(call: Call, arrays: Arrays) -> Arrays:
     if call.offset != "data":
         if arrays.q_offset is not None:
             changes["q_offset"] = None
-    elif is_int(arrays.q_offset) and not -FAR <= arrays.q_offset <= FAR:
+    elif isinstance(arrays.q_offset, np.integer):
+        changes["q_offset"] = min(max(int(arrays.q_offset), -FAR), FAR)
+    elif isinstance(arrays.q_offset, int) and not -FAR <= arrays.q_offset <= FAR:
         changes["q_offset"] = FAR if arrays.q_offset > 0 else -FAR
     if arrays.dropout_seed is not None and not call.dropout:
         changes["dropout_seed"] = None
@@ -558,6 +560,8 @@ def _offset(
             framework, "q_offset", q_offset, ((), (b,)), "() or (b,)", "Query t sits at key position t + q_offset."
         )
         return "data", left, right
+    if isinstance(q_offset, np.integer):  # in its own bits the sums below might wrap
+        q_offset = int(q_offset)
     if right is not None and q_offset + right >= j - 1:
         right = None
     if left is not None and i - 1 + q_offset - left <= 0:
