@@ -133,7 +133,7 @@ def attend(
 def run(arrays: Arrays, *options: Any) -> Any:
     """What `attend` and `Attend` share: the data, and the options in the order in which `check` takes them."""
     call = check(FRAMEWORK, arrays, *options)
-    out, lse = _compute(call, choice.choose(table(call), call).name, _canonical(call, arrays))
+    out, lse = _compute(call, choice.choose(table(None if call.names else call), call).name, _canonical(call, arrays))
     return (out, lse) if call.return_lse else out
 
 

@@ -131,7 +131,7 @@ def run(arrays: Arrays, *options: Any) -> Any:
         with torch.autocast(kind, enabled=False):
             return run(_autocast(arrays, torch.get_autocast_dtype(kind)), *options)
     call = check(FRAMEWORK, arrays, *options)
-    out, lse = choice.choose(table(call), call).module.attend(call, _canonical(call, arrays))
+    out, lse = choice.choose(table(None if call.names else call), call).module.attend(call, _canonical(call, arrays))
     if call.layout == "bnhd":
         out = out.transpose(1, 2)
     return (out, lse) if call.return_lse else out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -263,9 +264,14 @@ def compilations(n: int, backward: bool) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package that is measured."""
+    """Of Python and of every package that is measured, and a hash of the sources that this library's times hang on."""
+    import hashlib
     import platform
     from importlib.metadata import version
 
     names = ("torch", "jax", "jaxlib", "flax", "x-transformers", "numpy", "attend-twin")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    root = Path(__file__).resolve().parent.parent
+    sources = [*sorted(root.glob("attend_*/implementations/*.py")), *sorted(root.glob("attend_*/arrays.py"))]
+    sources += [root / "shared" / "attend_shared" / f"{name}.py" for name in ("blocks", "meaning")]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
+    return {"python": platform.python_version(), **{name: version(name) for name in names}, "sources": digest}

@@ -50,7 +50,7 @@ def test_the_model_is_the_same_on_attend(found: demo.Demo) -> None:
         "attention",
         "embeddings",
         "gradients",
-        "published",
+        "similarity",
     }
     lengths = {len(tokens) - tokens.count("[PAD]") for tokens in found.tokens}
     assert len(lengths) > 4 and len({len(tokens) for tokens in found.tokens}) == 1  # there is padding, of many lengths

@@ -31,6 +31,7 @@ from attend_torch.implementations import einsum, rowwise
 
 Tensor = torch.Tensor
 LOG2E = math.log2(math.e)
+COUNTERS = 2**14  # of dropout's words, drawn at once
 PATTERNS = 16  # tiles cut by position that are kept to be used again
 
 
@@ -279,6 +280,10 @@ class _Tile(NamedTuple):
     free: bool
 
 
+def _width(tile: _Tile) -> int:
+    return tile.columns.stop - tile.columns.start
+
+
 class _Tiles:
     """The blocks of one call: how they are cut, what they hold, which of them a block of queries visits.
 
@@ -473,23 +478,17 @@ class _Tiles:
 
     def keep(self, tile: _Tile) -> Tensor:
         """1 where dropout keeps a weight, else 0: (n, rows, columns)."""
-        slab, call = tile.slab, self.call
-        quads = slice(tile.columns.start // 4, -(-tile.columns.stop // 4))
+        slab, dropout = tile.slab, self.call.dropout
+        parts = (slab.items, slab.heads, tile.rows, slice(tile.columns.start // 4, -(-tile.columns.stop // 4)))
         if self.seed is None:
-            device = self.data.q.device
-            item, head, rows, of_keys = (_range(x, device) for x in (slab.items, slab.heads, tile.rows, quads))
+            item, head, rows, quads = (_range(x, self.data.q.device) for x in parts)
             kept = philox.keep_block(
-                self.data.dropout_seed, item[:, None, None, None], head[:, None, None], rows, of_keys, call.dropout
+                self.data.dropout_seed, item[:, None, None, None], head[:, None, None], rows, quads, dropout
             )
-        else:  # NumPy's integer products are twice as fast as torch's
-            counts = [np.arange(x.start, x.stop) for x in (slab.items, slab.heads, tile.rows, quads)]
-            counter = (counts[3], counts[2][:, None], counts[1][:, None, None], counts[0][:, None, None, None])
-            words = numpy_philox.words(counter, self.seed)
-            kept = torch.from_numpy(
-                words.reshape(*words.shape[:3], -1) >= np.uint32(numpy_philox.threshold(call.dropout))
-            )
-        width = tile.columns.stop - tile.columns.start
-        return kept[..., :width].reshape(slab.n, -1, width).view(torch.uint8).to(self.wide)
+        else:
+            items, heads, of_rows, of_keys = (np.arange(x.start, x.stop) for x in parts)
+            kept = torch.from_numpy(_kept(self.seed, items, heads, of_rows, of_keys, dropout))
+        return kept[..., : _width(tile)].reshape(slab.n, -1, _width(tile)).view(torch.uint8).to(self.wide)
 
 
 def covered(call: Call, offset: Any, queries: Seen, keys: Seen) -> Any:
@@ -523,6 +522,26 @@ def _cut(length: int, most: int, multiple: int = 1) -> Blocks:
     return Blocks(size, -(-length // size))
 
 
+def _kept(
+    seed: list[int], items: np.ndarray, heads: np.ndarray, rows: np.ndarray, quads: np.ndarray, dropout: float
+) -> np.ndarray:
+    """`philox.keep_block` on a CPU, where NumPy's integer products are twice as fast: bool (lanes, rows, 4 * quads).
+
+    Lanes are heads of items. Words are drawn for as many counters at a time as stay in a core's cache.
+    """
+    item, head = np.repeat(items, len(heads))[:, None, None], np.tile(heads, len(items))[:, None, None]
+    kept = np.empty((len(item), len(rows), 4 * len(quads)), np.bool_)
+    some = max(1, COUNTERS // len(quads))  # rows
+    lanes = max(1, some // len(rows))
+    for lane in range(0, len(item), lanes):
+        for row in range(0, len(rows), some):
+            part = kept[lane : lane + lanes, row : row + some]
+            counter = quads, rows[row : row + some, None], head[lane : lane + lanes], item[lane : lane + lanes]
+            words = numpy_philox.words(counter, seed).reshape(part.shape)
+            np.greater_equal(words, np.uint32(numpy_philox.threshold(dropout)), out=part)
+    return kept
+
+
 def _extremes(ids: Tensor, cut: Blocks) -> tuple[Tensor, Tensor]:
     """The least and the greatest id of each block: (b, count) each."""
     low, high = zip(*(torch.aminmax(part, dim=1) for part in ids.split(cut.size, 1)), strict=True)
@@ -547,21 +566,21 @@ def _forward(call: Call, data: Arrays) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             if not visits:
                 out[at] = 0
                 continue
-            q, top, total = (tiles.queries_of(x, slab, rows) for x in (data.q, m, total))
+            q, top, sums = (tiles.queries_of(x, slab, rows) for x in (data.q, m, total))
             answer = q.new_zeros((*q.shape[:2], call.dv))
             for turn, tile in enumerate(visits):
                 s, _ = tiles.logits(tile, q, k)
                 old, top = top, torch.maximum(top, s.amax(-1))
                 p = _weights(tiles, s, top)
                 shrink = _weights(tiles, old - top)
-                total = torch.addcmul(p.sum(-1), total, shrink)
+                sums = torch.addcmul(p.sum(-1), sums, shrink)
                 if call.dropout:
                     p.mul_(tiles.keep(tile))
                 if turn:
                     answer.mul_(shrink[..., None])
                 answer.baddbmm_(p, v[:, tile.columns])
-            answer.div_((torch.where(total == 0, 1, total) * (1 - call.dropout))[..., None])
-            out[at], m[at], total[at] = (tiles.by_head(x, slab) for x in (answer, top, total))
+            answer.div_((torch.where(sums == 0, 1, sums) * (1 - call.dropout))[..., None])
+            out[at], m[at], total[at] = (tiles.by_head(x, slab) for x in (answer, top, sums))
     return out, m / tiles.unit + total.log(), m, total
 
 
@@ -577,7 +596,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of a call from what its way forward kept."""
     tiles = _Tiles(call, data)
-    dq, dk, dv = data.q.new_empty(data.q.shape), data.k.new_zeros(data.k.shape), data.v.new_zeros(data.v.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (data.q, data.k, data.v))
     inverse = torch.where(total == 0, 0, 1 / total)
     slope = torch.where(total == 0, 0, dlse)  # what every logit of a row gets besides its own share
     dbias = data.q.new_empty(0)
@@ -588,7 +607,13 @@ def _backward(
         k, v = tiles.keys_of(data.k, slab), tiles.keys_of(data.v, slab)
         # Sums in the accumulation dtype: in place where that is k's own.
         dk_slab, dv_slab = (x[slab.items, slab.kv_heads].flatten(0, 1).to(tiles.wide) for x in (dk, dv))
-        for rows, visits in tiles.walk(slab):
+        turns = list(tiles.walk(slab))
+        # Where one block of queries visits every key there is nothing to add to.
+        beta = 0 if len(turns) == 1 and sum(map(_width, turns[0][1])) == call.j else 1
+        if beta:
+            dk_slab.zero_()
+            dv_slab.zero_()
+        for rows, visits in turns:
             at = slab.items, slab.heads, rows
             # In float64, since in a row of one key this cancels against dp to the last bit that either has.
             slope[at] -= (out[at].double() * dout[at].double()).sum(-1)
@@ -608,14 +633,14 @@ def _backward(
                     weights = keep.mul_(p)
                 else:
                     torch.baddbmm(share, do, v_tile.mT, out=dp)
-                dv_slab[:, tile.columns].baddbmm_(weights.mT, do_over_l)
+                dv_slab[:, tile.columns].baddbmm_(weights.mT, do_over_l, beta=beta)
                 ds = p.mul_(dp)
                 if wants_bias:
                     part = tiles.of_pairs(dbias, tile)
                     part += tiles.by_head(ds * one, slab).sum_to_size(part.shape)
                 if tanh is not None:
                     torch.ops.aten.tanh_backward.grad_input(ds, tanh, grad_input=ds)
-                dk_slab[:, tile.columns].baddbmm_(ds.mT, q_over_l, alpha=call.scale)
+                dk_slab[:, tile.columns].baddbmm_(ds.mT, q_over_l, beta=beta, alpha=call.scale)
                 dq_rows.baddbmm_(ds, k_tile, alpha=call.scale)
             dq[at] = tiles.by_head(dq_rows.mul_(one), slab)
         if dk_slab.dtype != dk.dtype:

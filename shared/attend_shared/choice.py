@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from attend_shared.call import Call
@@ -71,39 +71,43 @@ def refusal(entry: Entry, call: Call) -> str | None:
     return entry.module.unavailable() or entry.module.refusal(call)
 
 
-def choose(table: Sequence[Entry], call: Call) -> Entry:
+def choose(table: Iterable[Entry], call: Call) -> Entry:
     """The first that can serve: of the names asked for, or else of the table, which is in order of preference.
 
     Raises:
         UnsupportedError: with every reason, where none can.
     """
-    if call.names is None:  # the usual call, without a list
-        for entry in table:
-            if refusal(entry, call) is None:
-                return entry
     reasons = []
-    for name, asked in _asked(table, call):
-        reason = refusal(asked, call) if asked else f"attend_{call.framework} has no implementation of this name"
-        if reason is None and asked:
-            return asked
-        reasons.append((name, str(reason)))
+    if call.names is None:
+        for entry in table:
+            reason = refusal(entry, call)
+            if reason is None:
+                return entry
+            reasons.append((entry.name, reason))
+    else:
+        for name, asked in _asked(table, call):
+            reason = refusal(asked, call) if asked else f"attend_{call.framework} has no implementation of this name"
+            if reason is None and asked:
+                return asked
+            reasons.append((name, str(reason)))
     raise UnsupportedError(tuple(reasons))
 
 
-def explain(table: Sequence[Entry], call: Call) -> Explanation:
+def explain(table: Iterable[Entry], call: Call) -> Explanation:
     """What `choose` would do, without doing it and without raising."""
+    table = tuple(table)
     rows = tuple((entry.name, refusal(entry, call)) for entry in table)
     able = [name for name, reason in rows if reason is None]
     return Explanation(next((name for name, _ in _asked(table, call) if name in able), None), rows)
 
 
-def implementations(table: Sequence[Entry]) -> tuple[Implementation, ...]:
+def implementations(table: Iterable[Entry]) -> tuple[Implementation, ...]:
     """The table as a user sees it."""
     reasons = [(entry, entry.module.unavailable()) for entry in table]
     return tuple(Implementation(entry.name, entry.fused, reason is None, reason) for entry, reason in reasons)
 
 
-def _asked(table: Sequence[Entry], call: Call) -> list[tuple[str, Entry | None]]:
+def _asked(table: Iterable[Entry], call: Call) -> list[tuple[str, Entry | None]]:
     """What was asked for, in order, with None where only the other framework has that name."""
     by_name = {entry.name: entry for entry in table}
     return list(by_name.items()) if call.names is None else [(name, by_name.get(name)) for name in call.names]
