@@ -48,7 +48,7 @@ def refusal(call: Call) -> str | None:
 def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     """out (b h i dv) in q's dtype, and lse (b h i) in the accumulation dtype.
 
-    Differentiable in reverse any number of times; `rowwise` has forward mode too.
+    Differentiable any number of times, forward and reverse; all but first derivatives in reverse are `rowwise`'s.
     """
     if call.is_empty:
         return einsum.attend(call, arrays)
@@ -66,6 +66,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     return hide_rows(call, arrays, out) if call.q_lengths else out, lse
 
 
+COUNT = len(Arrays._fields)
 FLOATS = tuple(Arrays._fields.index(name) for name in ("q", "k", "v", "bias", "sinks"))  # what has a derivative
 
 
@@ -87,18 +88,13 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor, dlse: Tensor, *_: Any) -> tuple:
         wanted = ctx.needs_input_grad
         gradients = _Gradients.apply(wanted[1 + FLOATS[3]], ctx.options, *ctx.saved_tensors, dout, dlse)
-        return _among(13, gradients, [1 + place for place in FLOATS], wanted)
+        return _among(1 + COUNT, gradients, [1 + place for place in FLOATS], wanted)
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> tuple:
         function, places, floats = _answer(ctx)
-        return (
-            *rowwise.pushed(
-                function, floats, [rowwise.filled(tangents[n], x) for n, x in zip(places, floats, strict=True)]
-            ),
-            None,
-            None,
-        )
+        along = [rowwise.filled(tangents[place], x) for place, x in zip(places, floats, strict=True)]
+        return *rowwise.pushed(function, floats, along), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
@@ -122,12 +118,14 @@ class _Gradients(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
         function, given, places, inputs = _pullback(ctx)
         gradients = torch.func.vjp(function, *inputs)[1](tuple(cotangents[FLOATS.index(place)] for place in given))
-        return _among(19, gradients, [17, 18, *(2 + place for place in places)], ctx.needs_input_grad)
+        behind = 2 + COUNT + 3  # wants_bias, options, arrays, and what is saved
+        places = [behind, behind + 1, *(2 + place for place in places)]
+        return _among(behind + 2, gradients, places, ctx.needs_input_grad)
 
     @staticmethod
     def jvp(ctx: Any, _wants: Any, _options: Any, *tangents: Any) -> tuple:
         function, given, places, inputs = _pullback(ctx)
-        along = [rowwise.filled(tangents[n], x) for n, x in zip((15, 16, *places), inputs, strict=True)]
+        along = [rowwise.filled(tangents[n], x) for n, x in zip((COUNT + 3, COUNT + 4, *places), inputs, strict=True)]
         pushed = dict(zip(given, rowwise.pushed(function, inputs, along), strict=True))
         return tuple(pushed[place] if place in pushed else inputs[0].new_zeros(0) for place in FLOATS)
 
@@ -141,7 +139,7 @@ def _answer(ctx: Any) -> tuple[Callable, list[int], list[Tensor]]:
 
     Second derivatives and those forward are taken of it, where out, m and total are functions of the arrays.
     """
-    call, arrays = _canonical(ctx.saved_tensors[:12], *ctx.options)
+    call, arrays = _canonical(ctx.saved_tensors[:COUNT], *ctx.options)
     places = [place for place in FLOATS if arrays[place] is not None]
 
     def function(*floats: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +194,6 @@ def _canonical(
 
 
 # The operators: blockwise(*arrays, *options), and blockwise_gradients(*arrays, *saved, wants_bias, *options).
-COUNT = len(Arrays._fields)
 
 
 def _attend(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,7 +201,8 @@ def _attend(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     m is the largest logit of a row, sink included, in units of `_Tiles.unit`; total is the sum of exp(s - m).
     """
-    return _forward(*_canonical(inputs[:COUNT], *inputs[COUNT:]))
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return _forward(*_canonical(inputs[:COUNT], *inputs[COUNT:]))
 
 
 def _attend_fake(q: Tensor, _: Tensor, v: Tensor, *__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -215,8 +213,8 @@ def _attend_fake(q: Tensor, _: Tensor, v: Tensor, *__: Any) -> tuple[Tensor, Ten
 
 def _gradients(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias and dsinks, the last two of shape (0,) where there are none or they are not wanted."""
-    call, data = _canonical(inputs[:COUNT], *inputs[COUNT + 6 :])
-    return _backward(call, data, *inputs[COUNT : COUNT + 6])
+    with torch.autocast(inputs[0].device.type, enabled=False):  # a caller may go backward inside it
+        return _backward(*_canonical(inputs[:COUNT], *inputs[COUNT + 6 :]), *inputs[COUNT : COUNT + 6])
 
 
 def _gradients_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -296,8 +294,9 @@ class _Tiles:
         self.wide = getattr(torch, call.accumulation)
         self.group = call.h // call.hk
         self.on_cpu = call.platform == "cpu"  # there data may be read: elsewhere that would wait for the device
-        # exp2 is several times as fast as exp where weights vanish. A bias may be as low as numbers go, and stays.
-        self.unit = LOG2E if data.bias is None else 1.0
+        # exp2 is several times as fast as exp where weights vanish. What a caller adds may be as low as numbers go: there
+        # logits stay themselves until the largest is taken off.
+        self.unit = LOG2E if data.bias is None and data.sinks is None else 1.0
         self.lowest = torch.finfo(self.wide).min
         # The finer the blocks, the more is skipped; the larger, the less every operation weighs.
         fine = call.positional or call.segments or not self.on_cpu
@@ -306,9 +305,8 @@ class _Tiles:
         rows = self.group * self.queries.size
         self.keys = _cut(call.j, max(block, most // (rows * lanes)), 4)  # dropout draws keys by fours
         self.joined = max(1, most // (rows * self.keys.size))  # neighbouring blocks of keys that may be one tile
-        self.slabs = self._slabs(
-            max(1, most // (rows * min(call.j, self.joined * self.keys.size))) if self.on_cpu else lanes
-        )
+        widest = min(call.j, self.joined * self.keys.size)
+        self.slabs = self._slabs(max(1, most // (rows * widest)) if self.on_cpu else lanes)
         self.buffers: dict[str, Tensor] = {}
         self.patterns: dict[tuple[int, int, int], Tensor] = {}
         self.seed = data.dropout_seed.tolist() if call.dropout and self.on_cpu else None
@@ -322,24 +320,15 @@ class _Tiles:
         slabs = []
         for item, head in starts:
             end, stop = min(call.b, item + items.size), min(call.hk, head + heads.size)
-            if item < end and head < stop:
-                slabs.append(
-                    _Slab(
-                        slice(item, end),
-                        slice(head, stop),
-                        slice(head * group, stop * group),
-                        (end - item) * (stop - head),
-                    )
-                )
+            n = (end - item) * (stop - head)
+            slabs.append(_Slab(slice(item, end), slice(head, stop), slice(head * group, stop * group), n))
         return slabs
 
     def _look(self) -> None:
         """Which blocks of queries may see which blocks of keys: some, placed and free, bool (b, queries, keys)."""
         call, data = self.call, self.data
-        (i, j), (queries, keys) = (
-            (torch.arange(n.count) * n.size for n in (self.queries, self.keys)),
-            (self.queries, self.keys),
-        )
+        queries, keys = self.queries, self.keys
+        i, j = (torch.arange(n.count, device="cpu") * n.size for n in (queries, keys))
         of_i = Seen(i[:, None], (i + queries.size).clamp(max=call.i)[:, None] - 1)
         of_j = Seen(j, (j + keys.size).clamp(max=call.j) - 1)
         offset = data.q_offset
@@ -419,12 +408,12 @@ class _Tiles:
         """The logits of a tile times `unit`, -inf where not allowed, and if `capped` the tanh of the softcap."""
         call, data = self.call, self.data
         k = k[:, tile.columns]
-        s, tanh = self.buffer("s", slab_n := q.shape[0], q.shape[1], k.shape[1]), None
-        torch.baddbmm(
-            s, q, k.mT, beta=0, alpha=call.scale / call.softcap if call.softcap else call.scale * self.unit, out=s
-        )
+        shape = *q.shape[:2], k.shape[1]
+        s, tanh = self.buffer("s", *shape), None
+        alpha = call.scale * self.unit if call.softcap is None else call.scale / call.softcap
+        torch.baddbmm(s, q, k.mT, beta=0, alpha=alpha, out=s)
         if call.softcap is not None:
-            tanh = torch.tanh(s, out=self.buffer("tanh", slab_n, q.shape[1], k.shape[1]) if capped else s)
+            tanh = torch.tanh(s, out=self.buffer("tanh", *shape) if capped else s)
             torch.mul(tanh, call.softcap * self.unit, out=s)
         view = s if tile.placed and tile.free and data.bias is None else self.by_head(s, tile.slab)
         if data.bias is not None:
@@ -502,12 +491,8 @@ def covered(call: Call, offset: Any, queries: Seen, keys: Seen) -> Any:
     if call.left is not None:
         every = every & (keys.first - queries.last + call.left >= offset)
     if call.segments:
-        every = (
-            every
-            & (keys.low_id == keys.high_id)
-            & (queries.low_id == queries.high_id)
-            & (keys.low_id == queries.low_id)
-        )
+        every = every & (keys.low_id == keys.high_id) & (queries.low_id == queries.high_id)
+        every = every & (keys.low_id == queries.low_id)
     if call.kv_lengths:
         every = every & (keys.last < keys.length)
     if call.q_lengths:
