@@ -294,8 +294,8 @@ class _Tiles:
         self.wide = getattr(torch, call.accumulation)
         self.group = call.h // call.hk
         self.on_cpu = call.platform == "cpu"  # there data may be read: elsewhere that would wait for the device
-        # exp2 is several times as fast as exp where weights vanish. What a caller adds may be as low as numbers go: there
-        # logits stay themselves until the largest is taken off.
+        # exp2 is several times as fast as exp where weights vanish. What a caller adds may be as low as numbers go:
+        # there logits stay themselves until the largest is taken off.
         self.unit = LOG2E if data.bias is None and data.sinks is None else 1.0
         self.lowest = torch.finfo(self.wide).min
         # The finer the blocks, the more is skipped; the larger, the less every operation weighs.
