@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
@@ -99,7 +100,7 @@ def found() -> dict[str, Any]:
     """What refusals.json should hold. JAX is told where it runs; torch looks at where the arrays are said to be."""
     platforms = {}
     for platform, backend in (("cpu", "cpu"), ("cuda", "gpu")):
-        with mock.patch("jax.default_backend", lambda backend=backend: backend):
+        with mock.patch("jax.default_backend", lambda backend=backend: backend), jax.numpy_dtype_promotion("standard"):
             twins = [parity.load(framework) for framework in parity.FRAMEWORKS]
             platforms[platform] = parity.refusals(twins, cases.CASES, platform)
     return platforms

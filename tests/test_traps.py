@@ -93,7 +93,12 @@ def hold(framework: str, it: Problem, *wrong: Outcome, gradients: bool = False) 
                 continue
             compare.check(found[each.name], it, known if found[each.name].gradients else forward)
             if framework == "torch" and "bias" in it.dtypes:
-                compare.check(evaluate(frozen, each.name), it, unasked)
+                try:
+                    outcome = evaluate(frozen, each.name)
+                except UnsupportedError as refusal:
+                    assert "bias" in str(refusal), refusal
+                    continue
+                compare.check(outcome, it, unasked)
     assert "einsum" in found
     return found
 

@@ -98,7 +98,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-        return _each_lane(_Attend.apply, info, in_dims, inputs)
+        return rowwise.each_lane(_Attend.apply, info, in_dims, inputs)
 
 
 class _Gradients(torch.autograd.Function):
@@ -131,7 +131,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-        return _each_lane(_Gradients.apply, info, in_dims, inputs)
+        return rowwise.each_lane(_Gradients.apply, info, in_dims, inputs)
 
 
 def _answer(ctx: Any) -> tuple[Callable, list[int], list[Tensor]]:
@@ -168,16 +168,6 @@ def _among(count: int, values: Sequence[Any], places: Sequence[int], wanted: Seq
     for place, value in zip(places, values, strict=True):
         result[place] = value if wanted[place] else None
     return tuple(result)
-
-
-def _each_lane(function: Callable, info: Any, in_dims: tuple, inputs: tuple) -> tuple:
-    """vmap, one lane after the other: each is a call of its own, with indices of its own."""
-    lanes = [
-        function(*(x if dim is None or not isinstance(x, Tensor) else x.select(dim, lane)
-                   for dim, x in zip(in_dims, inputs, strict=True)))
-        for lane in range(info.batch_size)
-    ]  # fmt: skip
-    return tuple(torch.stack(each) for each in zip(*lanes, strict=True)), (0,) * len(lanes[0])
 
 
 def _canonical(
@@ -299,14 +289,16 @@ class _Tiles:
         self.unit = LOG2E if data.bias is None and data.sinks is None else 1.0
         self.lowest = torch.finfo(self.wide).min
         # The finer the blocks, the more is skipped; the larger, the less every operation weighs.
-        fine = call.positional or call.segments or not self.on_cpu
-        block, most, lanes = blocks.BLOCK, 4 * blocks.BLOCK**2, call.b * call.hk
-        self.queries = _cut(call.i, max(1, block * (1 if fine else 2) // self.group) if self.on_cpu else block)
-        rows = self.group * self.queries.size
-        self.keys = _cut(call.j, max(block, most // (rows * lanes)), 4)  # dropout draws keys by fours
-        self.joined = max(1, most // (rows * self.keys.size))  # neighbouring blocks of keys that may be one tile
-        widest = min(call.j, self.joined * self.keys.size)
-        self.slabs = self._slabs(max(1, most // (rows * widest)) if self.on_cpu else lanes)
+        block = blocks.BLOCK
+        coarse = 1 if call.positional or call.segments else 2
+        self.queries = _cut(call.i, max(1, coarse * block // self.group) if self.on_cpu else block)
+        self.keys = _cut(call.j, block, 4)  # dropout draws keys by fours
+        # How many neighbouring blocks of keys may be one tile, by the logits that it then has: on a CPU heads come one
+        # by one where they are large, elsewhere all at once.
+        rows, lanes = self.group * self.queries.size, call.b * call.hk
+        most = (4 if self.on_cpu else 512) * block**2
+        self.joined = max(1, most // (rows * self.keys.size * (1 if self.on_cpu else lanes)))
+        self.slabs = self._slabs(max(1, most // (rows * min(call.j, self.joined * self.keys.size))))
         self.buffers: dict[str, Tensor] = {}
         self.patterns: dict[tuple[int, int, int], Tensor] = {}
         self.seed = data.dropout_seed.tolist() if call.dropout and self.on_cpu else None

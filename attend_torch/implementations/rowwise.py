@@ -7,7 +7,8 @@ those of plain code: forward mode, reverse mode, and any mixture of them stay li
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -42,56 +43,79 @@ def rows(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     if call.is_empty:
         return einsum.compute(call, arrays)
     size = max(1, min(call.i, LOGITS // max(1, call.b * call.h * call.j)))
-    out, lse = zip(
-        *(_block(call, arrays, first, min(size, call.i - first)) for first in range(0, call.i, size)), strict=True
-    )
-    return torch.cat(out, 2), torch.cat(lse, 2)
+    axes = Arrays(2, None, None, None if call.mask is None or call.mask[2] == 1 else 2,
+                  None if call.bias is None or call.bias[2] == 1 else 2, q_segment_ids=1)  # fmt: skip
+    # What every block of queries shares gets a gradient from each of them: summed in the accumulation dtype.
+    wide = getattr(torch, call.accumulation)
+    shared = {name: x.to(wide) for name in ("k", "v", "bias", "sinks")
+              if (x := getattr(arrays, name)) is not None and getattr(axes, name) is None}  # fmt: skip
+    plan = _Plan(partial(_block, call), call.i, size, axes, (2, 2))
+    if torch.compiler.is_compiling():  # a compiler follows this form alone, and knows first derivatives only
+        return _each(plan, arrays._replace(**shared))
+    return _Rows.apply(plan, *arrays._replace(**shared))
 
 
-def _block(call: Call, arrays: Arrays, first: int, size: int) -> tuple[Tensor, Tensor]:
-    """The queries from `first` on, as a call of their own."""
-
-    def pick(x: Tensor | None, axis: int) -> Tensor | None:
-        return x if x is None or x.shape[axis] == 1 else x.narrow(axis, first, size)
-
-    def shape(x: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        return x if x is None or x[2] == 1 else (*x[:2], size, x[3])
+def _block(call: Call, first: int, *data: Any) -> tuple[Tensor, Tensor]:
+    """The queries from `first` on, as a call of their own; q, and what has an axis of queries, are theirs alone."""
 
     def moved(x: Any, by: int) -> Any:
         return x.long().clamp(-FAR, FAR) + by if isinstance(x, Tensor) else x + by  # a far one must not wrap
 
-    offset = {"zero": 0, "end": call.j - call.i, "data": arrays.q_offset}[call.offset] if call.positional else None
-    part = call._replace(
-        i=size, mask=shape(call.mask), bias=shape(call.bias), offset="data" if call.positional else "zero"
-    )
-    data = arrays._replace(
-        q=pick(arrays.q, 2), mask=pick(arrays.mask, 2), bias=pick(arrays.bias, 2),
-        q_offset=None if offset is None else moved(offset, first), q_segment_ids=pick(arrays.q_segment_ids, 1),
-        q_lengths=None if arrays.q_lengths is None else moved(arrays.q_lengths, -first))  # fmt: skip
-
-    def function(*data: Any) -> tuple[Tensor, Tensor]:
-        return einsum.compute(part, Arrays(*data), first)
-
-    if torch.compiler.is_compiling():  # a compiler follows this form alone, and knows first derivatives only
-        return checkpoint(function, *data, use_reentrant=False)
-    return _Again.apply(function, *data)
+    arrays = Arrays(*data)
+    if call.positional:
+        offset = {"zero": 0, "end": call.j - call.i, "data": arrays.q_offset}[call.offset]
+        arrays = arrays._replace(q_offset=moved(offset, first))
+    if call.q_lengths:
+        arrays = arrays._replace(q_lengths=moved(arrays.q_lengths, -first))
+    mask, bias = (None if x is None else tuple(x.shape) for x in (arrays.mask, arrays.bias))
+    offset_is = "data" if call.positional else "zero"
+    return einsum.compute(call._replace(i=arrays.q.shape[2], mask=mask, bias=bias, offset=offset_is), arrays, first)
 
 
-class _Again(torch.autograd.Function):
-    """function(*inputs), keeping its inputs alone: its derivatives compute it again, and are functions of that kind.
+class _Plan(NamedTuple):
+    """How a function of some rows becomes one of all rows.
 
-    The function takes tensors and what is none, and gives a tuple of tensors; floating-point inputs have derivatives.
+    Attributes:
+        function: takes the index of the first row and inputs, and gives a tuple of tensors.
+        rows, size: how many rows there are, and how many it takes at a time.
+        inputs: for each input its axis of rows, or None where all rows share it.
+        outputs: for each output its axis of rows, or None where those of all rows are to be summed.
     """
 
-    generate_vmap_rule = True
+    function: Callable
+    rows: int
+    size: int
+    inputs: Sequence[int | None]
+    outputs: Sequence[int | None]
+
+
+class _Rows(torch.autograd.Function):
+    """(plan, *inputs) -> outputs. Nothing but inputs is kept; derivatives are functions of the same kind.
+
+    Floating-point inputs have derivatives. The gradient of what all rows share is a sum, that of rows has rows.
+    """
 
     @staticmethod
-    def forward(function: Callable, *inputs: Any) -> tuple[Tensor, ...]:
-        return function(*inputs)
+    def forward(plan: _Plan, *inputs: Any) -> tuple[Tensor, ...]:
+        outputs: list[Tensor] = []
+        for first in range(0, plan.rows, plan.size):
+            size = min(plan.size, plan.rows - first)
+            parts = plan.function(first, *_some(plan.inputs, inputs, first, size))
+            for place, (part, axis) in enumerate(zip(parts, plan.outputs, strict=True)):
+                if not first:
+                    shape = list(part.shape)
+                    if axis is not None:
+                        shape[axis] = plan.rows
+                    outputs.append(part.new_zeros(shape))
+                if axis is None:
+                    outputs[place] += part
+                else:
+                    outputs[place].narrow(axis, first, size).copy_(part)
+        return tuple(outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.function, *values = inputs
+        ctx.plan, *values = inputs
         ctx.others = [None if isinstance(x, Tensor) else x for x in values]
         tensors = [x if isinstance(x, Tensor) else None for x in values]
         ctx.save_for_backward(*tensors)
@@ -99,27 +123,68 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple:
-        function, inputs, places = _parts(ctx)
+        plan, inputs, places = _kept(ctx)
 
-        def pull(*values: Any) -> tuple[Tensor, ...]:
-            inputs, cotangents = values[: len(ctx.others)], values[len(ctx.others) :]
-            return torch.func.vjp(_of(function, inputs, places), *(inputs[place] for place in places))[1](cotangents)
+        def pull(first: int, *values: Any) -> tuple[Tensor, ...]:
+            some, cotangents = values[: len(plan.inputs)], values[len(plan.inputs) :]
+            return torch.func.vjp(_of(plan.function, first, some, places), *(some[n] for n in places))[1](cotangents)
 
-        gradients = _Again.apply(pull, *inputs, *cotangents)
-        result = [None] * (1 + len(inputs))
-        for place, gradient in zip(places, gradients, strict=True):
-            result[1 + place] = gradient
-        return tuple(result)
+        axes = tuple(plan.inputs[place] for place in places)
+        backward = plan._replace(function=pull, inputs=(*plan.inputs, *plan.outputs), outputs=axes)
+        gradients = dict(zip(places, _Rows.apply(backward, *inputs, *cotangents), strict=True))
+        return None, *(gradients.get(place) for place in range(len(inputs)))
 
     @staticmethod
     def jvp(ctx: Any, _: Any, *tangents: Any) -> tuple[Tensor, ...]:
-        function, inputs, places = _parts(ctx)
+        plan, inputs, places = _kept(ctx)
 
-        def push(*values: Any) -> tuple[Tensor, ...]:
-            inputs, tangents = values[: len(ctx.others)], values[len(ctx.others) :]
-            return pushed(_of(function, inputs, places), [inputs[place] for place in places], tangents)
+        def push(first: int, *values: Any) -> tuple[Tensor, ...]:
+            some, along = values[: len(plan.inputs)], values[len(plan.inputs) :]
+            return pushed(_of(plan.function, first, some, places), [some[place] for place in places], along)
 
-        return _Again.apply(push, *inputs, *(filled(tangents[place], inputs[place]) for place in places))
+        forward = plan._replace(function=push, inputs=(*plan.inputs, *(plan.inputs[place] for place in places)))
+        return _Rows.apply(forward, *inputs, *(filled(tangents[place], inputs[place]) for place in places))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
+        return each_lane(_Rows.apply, info, in_dims, inputs)
+
+
+def _some(axes: Sequence[int | None], inputs: Sequence[Any], first: int, size: int) -> list[Any]:
+    """The inputs of some rows."""
+    return [
+        x if axis is None or not isinstance(x, Tensor) else x.narrow(axis, first, size)
+        for axis, x in zip(axes, inputs, strict=True)
+    ]
+
+
+def _each(plan: _Plan, inputs: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """`_Rows` of out and lse, in a form that a compiler follows."""
+    parts = [
+        checkpoint(plan.function, first, *_some(plan.inputs, inputs, first, min(plan.size, plan.rows - first)),
+                   use_reentrant=False)
+        for first in range(0, plan.rows, plan.size)
+    ]  # fmt: skip
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out, 2), torch.cat(lse, 2)
+
+
+def _kept(ctx: Any) -> tuple[_Plan, list[Any], list[int]]:
+    """The plan, its inputs, and the places of those that have derivatives."""
+    inputs = [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    return ctx.plan, inputs, [n for n, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
+
+
+def _of(function: Callable, first: int, inputs: Sequence[Any], places: Sequence[int]) -> Callable:
+    """The function of the inputs at these places alone."""
+
+    def of(*some: Tensor) -> tuple[Tensor, ...]:
+        values = list(inputs)
+        for place, x in zip(places, some, strict=True):
+            values[place] = x
+        return function(first, *values)
+
+    return of
 
 
 def pushed(function: Callable, inputs: Sequence[Tensor], tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -137,19 +202,11 @@ def filled(tangent: Tensor | None, x: Tensor) -> Tensor:
     return torch.zeros_like(x) if tangent is None else tangent
 
 
-def _parts(ctx: Any) -> tuple[Callable, list[Any], list[int]]:
-    """The function, its inputs, and the places of those that have derivatives."""
-    inputs = [x if other is None else other for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-    return ctx.function, inputs, [n for n, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
-
-
-def _of(function: Callable, inputs: tuple, places: list[int]) -> Callable:
-    """The function of the inputs at these places alone."""
-
-    def of(*some: Tensor) -> tuple[Tensor, ...]:
-        values = list(inputs)
-        for place, x in zip(places, some, strict=True):
-            values[place] = x
-        return function(*values)
-
-    return of
+def each_lane(function: Callable, info: Any, in_dims: tuple, inputs: tuple) -> tuple:
+    """vmap, one lane after the other: each is a call of its own, with indices of its own."""
+    lanes = [
+        function(*(x if dim is None or not isinstance(x, Tensor) else x.select(dim, lane)
+                   for dim, x in zip(in_dims, inputs, strict=True)))
+        for lane in range(info.batch_size)
+    ]  # fmt: skip
+    return tuple(torch.stack(each) for each in zip(*lanes, strict=True)), (0,) * len(lanes[0])

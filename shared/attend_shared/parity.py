@@ -372,7 +372,7 @@ def summarise(results: Iterable[Result]) -> list[Summary]:
 
     Example:
         >>> one = Result("torch", "einsum", "square-float32", ("shape: i = j",), "ok", None, 0.25, "dq", (), 0.5)
-        >>> two = one._replace(case="square-float32-lse", features=("shape: i = j", "lse"), verdict="refused")
+        >>> two = one._replace(case="lse", features=("shape: i = j", "lse"), verdict="refused", worst="", share=0.0)
         >>> [(row.feature, row.cases, row.refused, row.share, row.verdict) for row in summarise([one, two])]
         [('everything', 2, 1, 0.25, 'ok'), ('shape: i = j', 2, 1, 0.25, 'ok'), ('lse', 1, 1, 0.0, 'refused')]
     """
