@@ -16,7 +16,7 @@ ARGS   ?=
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' Makefile
 
-demo: wheels  ## embed real sentences with MiniLM and hold every attention call against the oracle
+demo: wheels  ## embed real sentences with MiniLM, hold every attention call against the oracle, port it to Flax
 	$(BIN)/attend demo $(ARGS)
 
 test: wheels  ## run the whole suite: tests, doctests, lint and types

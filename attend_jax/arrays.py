@@ -52,6 +52,9 @@ def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
         x.dtype.name in ("uint32", "int64", "uint64") for x in (q_ids, kv_ids)
     )
     dtype = np.int64 if wide else np.int32
+    if q_ids is kv_ids:
+        q_ids = q_ids.astype(dtype)
+        return q_ids, q_ids
     return q_ids.astype(dtype), kv_ids.astype(dtype)
 
 
@@ -68,6 +71,16 @@ def positions(length: int, integers: jax.Array | np.ndarray) -> tuple[jax.Array,
 def allowed(call: Call, arrays: Arrays) -> jax.Array | None:
     """`meaning.allowed` for the whole call: bool, broadcastable to (b, h, i, j), or None."""
     return meaning.allowed(call, arrays, *indices(call))
+
+
+def custom(
+    call: Call, s: jax.Array, may: jax.Array | None, first: int | jax.Array = 0, first_key: int | jax.Array = 0
+) -> tuple[jax.Array, jax.Array | None]:
+    """`meaning.custom` for logits (b h n m) of all heads, and which pairs are allowed; first, first_key: of n and m."""
+    b, h, query, key = (jnp.arange(n, dtype=jnp.int32) for n in s.shape)
+    pairs = (b[:, None, None, None], h[None, :, None, None], (first + query)[None, None, :, None],
+             (first_key + key)[None, None, None])  # fmt: skip
+    return meaning.custom(FRAMEWORK, call, s, may, pairs, jnp.where)
 
 
 def contains(ids: jax.Array, wanted: jax.Array) -> jax.Array:

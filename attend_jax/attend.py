@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attend_jax.arrays import FRAMEWORK, SHAPES, segment_ids, to_int32
+from attend_jax.functions import Captured, lift, lower
 from attend_jax.implementations import table
 from attend_jax.philox import seed_words
 from attend_shared import choice
@@ -43,6 +44,8 @@ def attend(
     return_lse: bool = False,
     layout: str = "bhnd",
     implementation: str | Sequence[str] | None = None,
+    score_fn: Callable[..., Any] | None = None,
+    mask_fn: Callable[..., Any] | None = None,
 ) -> Any:
     """Softmax attention that means the same in PyTorch and in JAX.
 
@@ -52,15 +55,16 @@ def attend(
         s   = scale * q . k                    accumulated in float32 (float64 for float64)
         s   = softcap * tanh(s / softcap)      if softcap is given
         s   = s + bias                         if bias is given
+        s   = score_fn(s, b, h, t, j)          if score_fn is given
         s   = -inf                             where the pair (t, j) is not allowed
         lse = log(sum_j exp(s) + exp(sink))    natural logarithm; no sinks, no second term
         p   = exp(s - lse)                     0 throughout where a row allows no key
         p   = p * keep / (1 - dropout)         if dropout > 0
         out = p . v                            in q's dtype
 
-    Query t and key j are an allowed pair where mask, is_causal, window_size, segment ids and lengths all allow it and
-    the bias is not -inf. A row that allows no key gives out = 0 and lse = -inf (its sink, if there are sinks), and no
-    gradient but that of its sink.
+    Query t and key j are an allowed pair where mask, mask_fn, is_causal, window_size, segment ids and lengths all allow
+    it and neither the bias nor what score_fn gives is -inf. A row that allows no key gives out = 0 and lse = -inf (its
+    sink, if there are sinks), and no gradient but that of its sink.
 
     Letters: b batch, h query heads, hk key/value heads, i queries, j keys, d head size, dv value head size. h is a
     multiple of hk, and query head n reads key/value head n // (h // hk). Any of b, i, j may be 0.
@@ -93,9 +97,15 @@ def attend(
             of mask, bias and lse stay as they are.
         implementation: a name, a sequence of names of which the first that can is taken, or None for the fastest that
             can.
+        score_fn: (score, b, h, q_index, kv_index) -> score, a function of each pair by itself. score has rank 4 and the
+            accumulation dtype, as the result must; the others are integers that broadcast to it: indices of this call's
+            items, query heads, queries and keys. Arrays that it captures have gradients.
+        mask_fn: (b, h, q_index, kv_index) -> bool, True means may attend; the same indices, each axis of the result 1
+            or full.
 
         is_causal, window_size, softcap, scale, dropout, return_lse, layout and implementation are Python or NumPy
-        values, fixed when a call is compiled. The others are data, whose contents are never read.
+        values, fixed when a call is compiled. score_fn and mask_fn are functions. The others are data, whose contents
+        are never read.
 
     Returns:
         out (b, h, i, dv), in the layout and dtype of q; or (out, lse), with lse (b, h, i) in float32 (float64 for
@@ -127,13 +137,18 @@ def attend(
     arrays = Arrays(
         q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
     )
-    return run(arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation)
+    return run(arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation, None,
+               score_fn, mask_fn)  # fmt: skip
 
 
 def run(arrays: Arrays, *options: Any) -> Any:
     """What `attend` and `Attend` share: the data, and the options in the order in which `check` takes them."""
     call = check(FRAMEWORK, arrays, *options)
-    out, lse = _compute(call, choice.choose(table(None if call.names else call), call).name, _canonical(call, arrays))
+    name = choice.choose(table(None if call.names else call), call).name
+    captured: Captured = ((), ())
+    if call.custom:
+        call, captured = lift(call)
+    out, lse = _compute(call, name, _canonical(call, arrays), captured)
     return (out, lse) if call.return_lse else out
 
 
@@ -167,7 +182,7 @@ def _host_ids(argument: str, ids: np.ndarray) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _compute(call: Call, name: str, arrays: Arrays) -> tuple[jax.Array, jax.Array | None]:
+def _compute(call: Call, name: str, arrays: Arrays, captured: Captured) -> tuple[jax.Array, jax.Array | None]:
     """The named implementation, compiled: un-jitted, every operation would be dispatched by itself."""
     arrays = canonical(call, jax.tree.map(jnp.asarray, arrays))
     if call.segments:
@@ -177,6 +192,8 @@ def _compute(call: Call, name: str, arrays: Arrays) -> tuple[jax.Array, jax.Arra
         arrays = arrays._replace(q_lengths=to_int32(arrays.q_lengths))
     if call.kv_lengths:
         arrays = arrays._replace(kv_lengths=to_int32(arrays.kv_lengths))
+    if call.custom:
+        call = lower(call, captured)
     module = next(entry.module for entry in table() if entry.name == name)
     out, lse = module.attend(call, arrays)
     return (out.swapaxes(1, 2) if call.layout == "bnhd" else out), lse
@@ -188,6 +205,7 @@ def explain(
     q_lengths: Any = None, kv_lengths: Any = None, sinks: Any = None, softcap: float | None = None,
     scale: float | None = None, dropout: float = 0.0, dropout_seed: Any = None, return_lse: bool = False,
     layout: str = "bhnd", implementation: str | Sequence[str] | None = None,
+    score_fn: Callable[..., Any] | None = None, mask_fn: Callable[..., Any] | None = None,
 ) -> Explanation:  # fmt: skip
     """Which implementation `attend` would take for these arguments, and why the others do not serve them.
 
@@ -215,7 +233,8 @@ def explain(
     arrays = Arrays(
         q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
     )
-    call = check(SHAPES, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation)
+    call = check(SHAPES, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation,
+                 None, score_fn, mask_fn)  # fmt: skip
     return choice.explain(table(call), call)
 
 

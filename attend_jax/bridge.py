@@ -30,7 +30,8 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
         device: where JAX runs, "cpu" or "cuda".
 
     Returns:
-        out, lse (where the problem has its cotangent), and the gradients of q, k, v, and of bias and sinks where given.
+        out, lse (where the problem has its cotangent), and the gradients of q, k, v, and of bias, sinks and the table
+        of a score_fn where given.
 
     Raises:
         UnsupportedError: where the implementation refuses.
@@ -45,6 +46,11 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
             name: jnp.asarray(value, problem.dtypes.get(name)) if isinstance(value, np.ndarray) else value
             for name, value in problem.arguments.items()
         }
+        functions = {name: arguments.pop(name) for name in ("score_fn", "mask_fn") if name in arguments}
+        if "score_fn" in functions:
+            arguments["table"] = jnp.asarray(functions["score_fn"].table, problem.dtypes["table"])
+        if "mask_fn" in functions:
+            arguments["mask_fn table"] = jnp.asarray(functions["mask_fn"].table)
         leaves: dict[str, Any] = {name: arguments.pop(name) for name in problem.dtypes}
         data: dict[str, Any] = {
             name: arguments.pop(name) for name, value in list(arguments.items()) if isinstance(value, jax.Array)
@@ -57,7 +63,10 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
         @jax.jit
         def program(leaves: dict, data: dict, cotangents: Any) -> tuple[Any, dict]:
             def forward(leaves: dict) -> Any:
-                return attend(**leaves, **data, **arguments, implementation=implementation, return_lse=wants_lse)
+                given = leaves | data | arguments
+                tables = {"score_fn": given.pop("table", None), "mask_fn": given.pop("mask_fn table", None)}
+                given |= {name: function.of(tables[name]) for name, function in functions.items()}
+                return attend(**given, implementation=implementation, return_lse=wants_lse)
 
             result, pullback = jax.vjp(forward, leaves)
             return result, pullback(cotangents)[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -31,8 +31,10 @@ class Attend(nnx.Module):
         layout: "bhnd" or "bnhd".
         implementation: a name, a sequence of names, or None; not together with flash.
 
-    Called with q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
-    and return_lse, all as in `attend`. Where it drops and is given no dropout_seed, it draws one.
+    Called with q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks,
+    dropout_seed, return_lse, score_fn and mask_fn, all as in `attend`: functions come with the call, since what they
+    capture, such as a model's table of biases, may change from call to call. Where it drops and is given no
+    dropout_seed, it draws one.
 
     Returns:
         What `attend` returns.
@@ -100,6 +102,8 @@ class Attend(nnx.Module):
         sinks: Array | None = None,
         dropout_seed: int | Array | None = None,
         return_lse: bool = False,
+        score_fn: Callable[..., Any] | None = None,
+        mask_fn: Callable[..., Any] | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
     ) -> Any:
@@ -118,4 +122,4 @@ class Attend(nnx.Module):
             q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
         )
         return run(arrays, self.is_causal, self.window_size, self.softcap, self.scale, dropout, return_lse, self.layout,
-                   self.implementation, self.flash)  # fmt: skip
+                   self.implementation, self.flash, score_fn, mask_fn)  # fmt: skip

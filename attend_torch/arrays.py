@@ -67,6 +67,16 @@ def allowed(call: Call, arrays: Arrays) -> torch.Tensor | None:
     return meaning.allowed(call, arrays, *indices(call, arrays))
 
 
+def custom(
+    call: Call, s: torch.Tensor, may: torch.Tensor | None, first: int = 0, first_key: int = 0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`meaning.custom` for logits (b h n m) of all heads, and which pairs are allowed; first, first_key: of n and m."""
+    b, h, query, key = (torch.arange(n, device=s.device) for n in s.shape)
+    pairs = (b[:, None, None, None], h[None, :, None, None], (first + query)[None, None, :, None],
+             (first_key + key)[None, None, None])  # fmt: skip
+    return meaning.custom(FRAMEWORK, call, s, may, pairs, torch.where)
+
+
 def contains(ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Which of wanted (b, m) are among ids (b, n), in memory linear in both: bool (b, m).
 

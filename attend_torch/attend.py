@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ def attend(
     return_lse: bool = False,
     layout: str = "bhnd",
     implementation: str | Sequence[str] | None = None,
+    score_fn: Callable[..., Any] | None = None,
+    mask_fn: Callable[..., Any] | None = None,
 ) -> Any:
     """Softmax attention that means the same in PyTorch and in JAX.
 
@@ -47,15 +49,16 @@ def attend(
         s   = scale * q . k                    accumulated in float32 (float64 for float64)
         s   = softcap * tanh(s / softcap)      if softcap is given
         s   = s + bias                         if bias is given
+        s   = score_fn(s, b, h, t, j)          if score_fn is given
         s   = -inf                             where the pair (t, j) is not allowed
         lse = log(sum_j exp(s) + exp(sink))    natural logarithm; no sinks, no second term
         p   = exp(s - lse)                     0 throughout where a row allows no key
         p   = p * keep / (1 - dropout)         if dropout > 0
         out = p . v                            in q's dtype
 
-    Query t and key j are an allowed pair where mask, is_causal, window_size, segment ids and lengths all allow it and
-    the bias is not -inf. A row that allows no key gives out = 0 and lse = -inf (its sink, if there are sinks), and no
-    gradient but that of its sink.
+    Query t and key j are an allowed pair where mask, mask_fn, is_causal, window_size, segment ids and lengths all allow
+    it and neither the bias nor what score_fn gives is -inf. A row that allows no key gives out = 0 and lse = -inf (its
+    sink, if there are sinks), and no gradient but that of its sink.
 
     Letters: b batch, h query heads, hk key/value heads, i queries, j keys, d head size, dv value head size. h is a
     multiple of hk, and query head n reads key/value head n // (h // hk). Any of b, i, j may be 0.
@@ -88,9 +91,15 @@ def attend(
             of mask, bias and lse stay as they are.
         implementation: a name, a sequence of names of which the first that can is taken, or None for the fastest that
             can.
+        score_fn: (score, b, h, q_index, kv_index) -> score, a function of each pair by itself. score has rank 4 and the
+            accumulation dtype, as the result must; the others are integers that broadcast to it: indices of this call's
+            items, query heads, queries and keys. Arrays that it captures have gradients.
+        mask_fn: (b, h, q_index, kv_index) -> bool, True means may attend; the same indices, each axis of the result 1
+            or full.
 
         is_causal, window_size, softcap, scale, dropout, return_lse, layout and implementation are Python or NumPy
-        values, fixed when a call is compiled. The others are data, whose contents are never read.
+        values, fixed when a call is compiled. score_fn and mask_fn are functions. The others are data, whose contents
+        are never read.
 
     Returns:
         out (b, h, i, dv), in the layout and dtype of q; or (out, lse), with lse (b, h, i) in float32 (float64 for
@@ -122,7 +131,8 @@ def attend(
     arrays = Arrays(
         q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
     )
-    return run(arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation)
+    return run(arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation, None,
+               score_fn, mask_fn)  # fmt: skip
 
 
 def run(arrays: Arrays, *options: Any) -> Any:
@@ -169,6 +179,7 @@ def explain(
     q_lengths: Any = None, kv_lengths: Any = None, sinks: Any = None, softcap: float | None = None,
     scale: float | None = None, dropout: float = 0.0, dropout_seed: Any = None, return_lse: bool = False,
     layout: str = "bhnd", implementation: str | Sequence[str] | None = None,
+    score_fn: Callable[..., Any] | None = None, mask_fn: Callable[..., Any] | None = None,
 ) -> Explanation:  # fmt: skip
     """Which implementation `attend` would take for these arguments, and why the others do not serve them.
 
@@ -198,7 +209,8 @@ def explain(
     )
     if kind := _autocasts(q):
         arrays = _autocast(arrays, torch.get_autocast_dtype(kind))
-    call = check(FRAMEWORK, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation)
+    call = check(FRAMEWORK, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation,
+                 None, score_fn, mask_fn)  # fmt: skip
     return choice.explain(table(call), call)
 
 

@@ -28,15 +28,19 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
         device: "cpu" or "cuda".
 
     Returns:
-        out, lse (where the problem has its cotangent), and the gradients of q, k, v, and of bias and sinks where given.
+        out, lse (where the problem has its cotangent), and the gradients of q, k, v, and of bias, sinks and the table
+        of a score_fn where given.
 
     Raises:
         UnsupportedError: where the implementation refuses.
     """
     arguments = _tensors(problem, device)
-    leaves = {name: arguments[name].requires_grad_() for name in problem.dtypes}
+    tables = {name: arguments.pop(f"{name} table", None) for name in ("score_fn", "mask_fn")}
+    captured = {"table": tables["score_fn"]}
+    leaves = {name: (arguments | captured)[name].requires_grad_() for name in problem.dtypes}
     inputs: dict[str, Any] = {
         **arguments,
+        **{name: arguments[name].of(table) for name, table in tables.items() if table is not None},
         **{name: _lay_out(name, leaves[name], problem.memory) for name in ("q", "k", "v")},
     }
     wants_lse = problem.lse_cotangent is not None
@@ -46,7 +50,7 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
     if lse is not None and problem.lse_cotangent is not None:
         outputs.append(lse)
         cotangents.append(torch.from_numpy(np.array(problem.lse_cotangent)).to(device, lse.dtype))
-    wanted = {name: inputs[name] for name in leaves}
+    wanted = {name: (inputs | captured)[name] for name in leaves}
     gradients = torch.autograd.grad(outputs, list(wanted.values()), cotangents, allow_unused=True)
     return Outcome(
         _numpy(out),
@@ -72,9 +76,13 @@ def implementations() -> tuple[str, ...]:
 
 
 def _tensors(problem: Problem, device: str) -> dict[str, Any]:
+    """The arguments, arrays as tensors; beside a function what it captures, as "score_fn table", "mask_fn table"."""
+    given = problem.arguments
+    tables = {f"{name} table": given[name].table for name in ("score_fn", "mask_fn") if name in given}
+    dtypes = problem.dtypes | {"score_fn table": problem.dtypes.get("table")}
     return {
-        name: _tensor(value, problem.dtypes.get(name), device) if isinstance(value, np.ndarray) else value
-        for name, value in problem.arguments.items()
+        name: _tensor(value, dtypes.get(name), device) if isinstance(value, np.ndarray) else value
+        for name, value in (given | tables).items()
     }
 
 

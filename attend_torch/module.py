@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,10 @@ class Attend(nn.Module):
         layout: "bhnd" or "bnhd".
         implementation: a name, a sequence of names, or None; not together with flash.
 
-    Called with q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
-    and return_lse, all as in `attend`. Where it drops and is given no dropout_seed, it draws one.
+    Called with q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks,
+    dropout_seed, return_lse, score_fn and mask_fn, all as in `attend`: functions come with the call, since what they
+    capture, such as a model's table of biases, may change from call to call. Where it drops and is given no
+    dropout_seed, it draws one.
 
     Returns:
         What `attend` returns.
@@ -93,6 +95,8 @@ class Attend(nn.Module):
         sinks: torch.Tensor | None = None,
         dropout_seed: int | torch.Tensor | None = None,
         return_lse: bool = False,
+        score_fn: Callable[..., Any] | None = None,
+        mask_fn: Callable[..., Any] | None = None,
     ) -> Any:
         """`attend` with this module's options. In training with dropout > 0 and no seed, one is drawn from torch's
         default generator of q's device."""
@@ -103,7 +107,7 @@ class Attend(nn.Module):
             q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
         )
         return run(arrays, self.is_causal, self.window_size, self.softcap, self.scale, dropout, return_lse, self.layout,
-                   self.implementation, self.flash)  # fmt: skip
+                   self.implementation, self.flash, score_fn, mask_fn)  # fmt: skip
 
     def extra_repr(self) -> str:
         """The options that are not at their defaults."""

@@ -225,14 +225,13 @@ class Run:
                         if not todo:
                             return
                         job = todo.pop(0)
-                    title = f"{job.workload.name}, {job.workload.n} tokens{', a process each' * job.fresh}"
-                    progress.update(bar, description=title)
+                    progress.update(bar, description=job.title)
                     found = self.perform(job, lane)
                     self.results["measurements"] += found
                     self.save()
                     if self.left > 0:
                         parts = (f"{each['entry']} {report.milliseconds(each) or each['not_run']}" for each in found)
-                        progress.console.print(f"[dim]{title}:[/] {'; '.join(parts)}", highlight=False)
+                        progress.console.print(f"[dim]{job.title}:[/] {'; '.join(parts)}", highlight=False)
                     progress.advance(bar)
             except BaseException as error:
                 failures.append(error)
@@ -254,13 +253,17 @@ class Run:
 @click.option("--minutes", default=90.0, show_default=True, help="What is not done by then is recorded as not run.")
 @click.option("--gigabytes", default=8.0, show_default=True, help="What is expected to need more is not started.")
 @click.option("--quick", "short", is_flag=True, help="The smallest workload, once.")
+@click.option("--only", default="", help="Only what has each of these words in its title, such as 'causal 2048'.")
 @click.option("--resume", is_flag=True, help="Measure what the run before, in the same file, did not come to.")
 @click.option("--publish", is_flag=True, help="Renew docs/results/cpu.json, docs/benchmarks-cpu.md and its plot.")
-def main(out: Path, minutes: float, gigabytes: float, short: bool, resume: bool, publish: bool) -> None:
+def main(
+    out: Path, minutes: float, gigabytes: float, short: bool, only: str, resume: bool, publish: bool
+) -> None:  # fmt: skip
     """Measure attention on this CPU against its peers, and print the tables."""
     width = shutil.get_terminal_size((150, 24)).columns
     console = Console(width=max(width, 150))
     run, todo = Run(out, minutes, 1e9 * gigabytes, cores()), quick() if short else jobs(minutes)
+    todo = [job for job in todo if all(word in job.title.replace(",", "").split() for word in only.split())]
     if resume:
         todo = run.resume(todo)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

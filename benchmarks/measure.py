@@ -100,8 +100,8 @@ def peak() -> int:
     """The most bytes that were resident, since the start or the last `forget_peak`."""
     with contextlib.suppress(OSError):  # getrusage would count what the process that started this one had, for ever
         status = Path("/proc/self/status").read_text()
-        if mark := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
-            return int(mark[1]) * 1024
+        if found := re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE):
+            return int(found[1]) * 1024
     mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return mark if sys.platform == "darwin" else mark * 1024
 

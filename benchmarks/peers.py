@@ -205,7 +205,7 @@ def _waited(function: Callable, *inputs: Any) -> Any:
 
 
 def products() -> dict[str, float]:
-    """GFLOP/s of float32 matrix products on this core, by framework and size: the median of a few."""
+    """GFLOP/s of float32 products on this core by framework and size, and ns of an exponential; medians of a few."""
     import jax
     import jax.numpy as jnp
     import torch
@@ -213,14 +213,17 @@ def products() -> dict[str, float]:
     found = {}
     random = np.random.default_rng(0)
 
-    def rate(call: Callable[[], Any], flops: int) -> float:
-        number, times = max(1, 2**31 // flops), []
+    def nanoseconds(call: Callable[[], Any], number: int) -> float:
+        times = []
         for _ in range(6):
             begin = time.process_time()
             for _ in range(number):
                 call()
             times.append((time.process_time() - begin) / number)
-        return flops / float(np.median(times[1:])) / 1e9
+        return 1e9 * float(np.median(times[1:]))
+
+    def rate(call: Callable[[], Any], flops: int) -> float:
+        return flops / nanoseconds(call, max(1, 2**31 // flops))
 
     for rows, inner, columns in ((1024, 1024, 1024), (256, 64, 256), (256, 256, 64)):
         x, y = (random.standard_normal(shape, np.float32) for shape in ((rows, inner), (inner, columns)))
@@ -230,6 +233,11 @@ def products() -> dict[str, float]:
         size, flops = f"{rows} x {inner} x {columns}", 2 * rows * inner * columns
         found[f"torch {size}"] = rate(partial(torch.matmul, a, b), flops)
         found[f"jax {size}"] = rate(partial(_waited, product, c, d), flops)
+    x = random.standard_normal((512, 256), np.float32)  # a block of logits
+    a, c = torch.from_numpy(x), jnp.asarray(x)
+    exp = jax.jit(jnp.exp).lower(c).compile()
+    for framework, call in (("torch", partial(torch.exp, a, out=a.clone())), ("jax", partial(_waited, exp, c))):
+        found[f"exp in {framework}"] = nanoseconds(call, 200) / x.size
     return found
 
 

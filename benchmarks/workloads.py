@@ -7,6 +7,7 @@ from typing import NamedTuple
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 HEADS, HEAD_SIZE = 8, 64
 FEATURES = ("bias", "bias of each head", "softcap", "sinks", "dv = 2 d", "dropout")
+OF_SDPA = ("bias", "bias of each head", "dv = 2 d")  # those that torch's attention has as this library means them
 REPEATS = 5
 
 
@@ -109,6 +110,11 @@ class Job(NamedTuple):
     rounds: int = REPEATS
     allowance: tuple[float, float] = (5, 70)
 
+    @property
+    def title(self) -> str:
+        """In words."""
+        return f"{self.workload.name}, {self.workload.n} tokens{', a process each' * self.fresh}"
+
 
 def jobs(minutes: float) -> list[Job]:
     """All of it, the most important first: a run that is cut short keeps its head, and repeats what is long less."""
@@ -121,18 +127,19 @@ def jobs(minutes: float) -> list[Job]:
     found += [Job(Workload(2048, dtype="bfloat16"), BFLOAT16)]
     for n, fresh in ((2048, False), (8192, True)):
         for feature in FEATURES:
-            ours = (TORCH_BLOCKWISE,) if fresh else (TORCH_BLOCKWISE, TORCH_CHOICE, TORCH_OTHERS[1])
-            entries = (WITHOUT, *ours, *(COMPILED if feature == "dropout" else ()))
             if n == 2048 or feature != "bias of each head":
                 load = Workload(n, False, True, feature=feature)
-                found.append(Job(load, entries, fresh, longest if fresh else REPEATS))
-    found += [Job(Workload(n, *mode), ENTRIES) for n in (1024, 256, 512) for mode in modes]
-    found += [Job(Workload(2048, False, backward), ENTRIES, True, 1) for backward in (False, True)]
+                found.append(Job(load, _of_feature(load, fresh), fresh, longest if fresh else REPEATS))
     for n in (16384, 4096, 2048, 32768):
         for causal, backward in ((False, False), (True, True)):
             entries = LINEAR if not (n == 32768 and causal) else LINEAR[1:]
             if n > 2048 or causal:
                 found.append(Job(Workload(n, causal, backward), entries, True, 1))
+    found += [Job(Workload(n, *mode), ENTRIES) for n in (1024, 256, 512) for mode in modes]
+    for n in (1024, 512, 256):  # where the choice changes
+        loads = [Workload(n, False, True, feature=feature) for feature in FEATURES]
+        found += [Job(load, _of_feature(load, False)) for load in loads]
+    found += [Job(Workload(2048, False, backward), ENTRIES, True, 1) for backward in (False, True)]
     long_ones = (*LINEAR, JAX_NN, MATH)
     found += [Job(Workload(8192, True, backward), long_ones, True, longest, (5, 35)) for backward in (True, False)]
     found += [Job(Workload(4096, *mode), (*PRINCIPAL, *CHOICES), allowance=(5, 15)) for mode in modes]
@@ -140,6 +147,11 @@ def jobs(minutes: float) -> list[Job]:
     found += [Job(Workload(8192, False, backward), (*JAX_OTHERS, *TORCH_OTHERS), True, 1) for backward in (False, True)]
     found += [Job(Workload(n), (JAX_NN, MATH, *JAX_OTHERS, *TORCH_OTHERS), True, 1) for n in (16384, 32768)]
     return found
+
+
+def _of_feature(load: Workload, fresh: bool) -> tuple[Entry, ...]:
+    ours = (TORCH_BLOCKWISE,) if fresh else (TORCH_BLOCKWISE, TORCH_CHOICE, TORCH_OTHERS[1])
+    return (WITHOUT, *ours, *(COMPILED if load.feature == "dropout" and load.n >= 2048 else ()))
 
 
 def quick() -> list[Job]:

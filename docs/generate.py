@@ -18,7 +18,7 @@ import numpy as np
 
 from attend_jax.implementations import table as table_of_jax
 from attend_shared.call import NAMES, Arrays, Call, Framework, check
-from attend_shared.choice import Entry
+from attend_shared.choice import NO_FUNCTIONS, Entry
 from attend_torch.implementations import table as table_of_torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ TABLES = {
     framework: sorted(table(), key=lambda entry: NAMES.index(entry.name))
     for framework, table in (("torch", table_of_torch), ("jax", table_of_jax))
 }
-PLATFORMS = {"cudnn": ("cuda",)}  # of implementations that run on some machines only
+PLATFORMS = {"cudnn": ("cuda",), "triton": ("cuda",)}  # of implementations that run on some machines only
 TITLES = {"torch": "PyTorch", "jax": "JAX", "cpu": "CPU", "cuda": "GPU"}
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<printed>.*?)```\n)?", re.DOTALL)
 SECTION = re.compile(r"(?<=<!-- generated: implementations -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -93,11 +93,12 @@ FEATURES = (
     Feature("bias, key mask", {"bias": Shape((1, H, N, N)), "mask": KEY_MASK}),
     Feature("softcap", {"softcap": 30.0}),
     Feature("sinks", {"sinks": Shape((H,))}),
+    Feature("score_fn or mask_fn", {"score_fn": lambda score, b, h, q_index, kv_index: score}),
     Feature("dropout", {"dropout": 0.1, "dropout_seed": 0}),
     Feature("return_lse", {"return_lse": True}),
 )
 OPTIONS = {"is_causal": False, "window_size": None, "softcap": None, "scale": None, "dropout": 0.0, "return_lse": False,
-           "layout": "bhnd", "implementation": None}  # fmt: skip
+           "layout": "bhnd", "implementation": None, "score_fn": None, "mask_fn": None}  # fmt: skip
 
 
 def call(framework: str, platform: str, feature: Feature, flash: bool | None = None) -> Call:
@@ -119,7 +120,11 @@ def call(framework: str, platform: str, feature: Feature, flash: bool | None = N
 
 def cell(entry: Entry, framework: str, platform: str, feature: Feature, reasons: list[str]) -> str:
     """"fused", "yes", or the numbers of the reasons why not."""
-    reason = entry.module.refusal(call(framework, platform, feature))
+    asked = call(framework, platform, feature)
+    if asked.custom and not entry.custom:
+        reason = NO_FUNCTIONS
+    else:
+        reason = entry.module.refusal(asked)
     if reason is None:
         fused = entry.fused and entry.module.refusal(call(framework, platform, feature, flash=True)) is None
         return "fused" if fused else "yes"

@@ -105,7 +105,7 @@ def test_forward_mode_is_rowwise_and_agrees_with_einsum() -> None:
 
 
 def visited(**options: Any) -> list[int]:
-    """How many blocks of 256 keys each block of 256 queries of 1024 visits, counted where a visit is made."""
+    """How many blocks of 256 keys each block of queries of 1024 visits, counted where a visit is made."""
     from attend_jax.attend import _canonical
     from attend_jax.implementations import blockwise
     from attend_shared.call import Arrays, canonical, check
@@ -117,26 +117,44 @@ def visited(**options: Any) -> list[int]:
     call = check(attend_jax.arrays.FRAMEWORK, given, *(defaults | options).values())
     given = canonical(call, jax.tree.map(jnp.asarray, _canonical(call, given)))
     tiles = blockwise._Tiles(call, blockwise._Floats(given.q, given.k, given.v, None, None), given)
-    return [int(tiles.visits(jnp.int32(0), jnp.int32(block))[0]) for block in range(4)]
+    return [int(tiles.visits(jnp.int32(0), jnp.int32(block))[0]) for block in range(tiles.queries.count)]
 
 
 @pytest.mark.parametrize(
     ("options", "counts"),
     [
-        ({}, [4, 4, 4, 4]),
+        ({}, [4, 4]),  # without positions and segments a block has 512 queries
         ({"is_causal": True}, [1, 2, 3, 4]),
         ({"window_size": (10, 10)}, [2, 3, 3, 2]),
         ({"is_causal": True, "window_size": (0, None)}, [1, 1, 1, 1]),
         ({"is_causal": True, "q_offset": jnp.int32(-300)}, [0, 1, 2, 3]),
-        ({"kv_lengths": np.array([257])}, [2, 2, 2, 2]),
-        ({"q_lengths": np.array([256])}, [4, 0, 0, 0]),
+        ({"kv_lengths": np.array([257])}, [2, 2]),
+        ({"q_lengths": np.array([256])}, [4, 0]),
         ({"q_segment_ids": np.arange(1024)[None] // 256}, [1, 1, 1, 1]),
-        ({"mask": (np.arange(1024) >= 768)[None]}, [1, 1, 1, 1]),
+        ({"mask": (np.arange(1024) >= 768)[None]}, [1, 1]),
     ],
     ids=["all", "causal", "window", "diagonal", "offset", "kv lengths", "q lengths", "documents", "left padding"],
 )  # fmt: skip
 def test_blocks_that_are_ruled_out_are_not_visited(options: dict[str, Any], counts: list[int]) -> None:
     assert visited(**options) == counts
+
+
+def test_a_row_of_one_key_has_exact_zeros() -> None:
+    """Its weight is 1 whatever its logit is: dp and delta, each rounded in its own way, must cancel."""
+    q, k, v = arrays(2, 2, 1, 300, 300, 64)
+    bias = jax.random.normal(jax.random.key(5), (1, 2, 300, 300))
+
+    def loss(q: jax.Array, k: jax.Array, bias: jax.Array, window: tuple[int, int], dropout: float) -> jax.Array:
+        out = attend_jax.attend(
+            q, k, v, bias=bias, window_size=window, dropout=dropout, dropout_seed=3, implementation="blockwise"
+        )
+        return jnp.sin(jnp.arange(out.size, dtype="float32").reshape(out.shape) * out).sum()
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=(3, 4))
+    assert [float(jnp.abs(x).max()) for x in gradients(q, k, bias, (0, 0), 0.1)] == [0, 0, 0]
+    of_two = gradients(q, k, bias, (1, 0), 0.0)
+    assert [bool(jnp.abs(x[:, :, 0]).max() == 0) for x in of_two] == [True, False, True]  # query 0 sees key 0 alone
+    assert float(jnp.abs(of_two[0][:, :, 1:]).max(-1).min()) > 0
 
 
 MEMORY = """

@@ -29,13 +29,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let blockwise take arrays as if they lay on a GPU, whose contents it must not wait for."""
-    canonical = blockwise._canonical
+    canonical = blockwise.canonical
 
     def elsewhere(*arguments: Any) -> tuple[Call, Arrays]:
         call, data = canonical(*arguments)
         return call._replace(platform="cuda"), data
 
-    monkeypatch.setattr(blockwise, "_canonical", elsewhere)
+    monkeypatch.setattr(blockwise, "canonical", elsewhere)
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -152,6 +152,29 @@ def test_without_reading_positions_still_rule_out(monkeypatch: pytest.MonkeyPatc
     assert visited(is_causal=True) == 10
     assert visited(is_causal=True, q_offset=torch.tensor(-300)) == 16
     assert visited(kv_lengths=torch.tensor([257])) == 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_of_one_key_has_exact_zeros(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weight is 1 whatever its logit is: dp and delta, each rounded in its own way, must cancel."""
+    bias = draw(1, 2, 300, 300, seed=5).requires_grad_()
+
+    def gradients(window: tuple[int, int], dropout: float) -> tuple[torch.Tensor, ...]:
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in arrays(2, 2, 1, 300, 300, 64))
+        out = attend_torch.attend(
+            q, k, v, bias=bias, window_size=window, dropout=dropout, dropout_seed=3, implementation="blockwise"
+        ).float()
+        return torch.autograd.grad((torch.arange(out.numel()).reshape(out.shape) * out).sin().sum(), (q, k, bias))
+
+    for read in (True, False):
+        if not read:
+            read_nothing(monkeypatch)
+        for dropout in (0.0, 0.1):
+            assert [x.abs().max().item() for x in gradients((0, 0), dropout)] == [0, 0, 0]
+            of_two = gradients((1, 0), dropout)
+            of_first = [x[:, :, 0].abs().max().item() == 0 for x in of_two]  # query 0 sees key 0 alone
+            assert of_first == [True, False, True]
+            assert of_two[0][:, :, 1:].abs().amin(-1).max() > 0
 
 
 # Every derivative.

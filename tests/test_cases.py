@@ -33,7 +33,7 @@ from attend_shared.problems import excluded_keys, idle_rules
 
 FACTOR_OF = {level.name: factor.name for factor in FACTORS for level in factor.levels}
 PLAIN = {factor.name: factor.levels[0].name for factor in FACTORS}
-RARE = ("sinks", "softcap", "dropout", "lse")  # what few implementations have
+RARE = ("sinks", "softcap", "score_fn", "mask_fn", "dropout", "lse")  # what few implementations have
 
 Pair = frozenset[str]
 
@@ -76,13 +76,16 @@ def met(cases: Iterable[Case]) -> set[Pair]:
 
 def arrays_of(problem: Problem) -> dict[str, Any]:
     cotangents = {"out_cotangent": problem.out_cotangent, "lse_cotangent": problem.lse_cotangent}
-    return {name: x for name, x in (problem.arguments | cotangents).items() if isinstance(x, np.ndarray)}
+    tables = {name: x.table for name, x in problem.arguments.items() if name in ("score_fn", "mask_fn")}
+    return {name: x for name, x in (problem.arguments | cotangents | tables).items() if isinstance(x, np.ndarray)}
 
 
 def digest(problem: Problem) -> str:
     """Of every byte and every option."""
     total = hashlib.sha256()
     for name, value in sorted((problem.arguments | problem._asdict()).items()):
+        if name in ("score_fn", "mask_fn"):
+            name, value = f"{name} {value.kind}", value.table
         if isinstance(value, np.ndarray):
             total.update(f"{name} {value.dtype.str} {value.shape}".encode() + value.tobytes())
         elif name != "arguments":
@@ -95,7 +98,7 @@ def digest(problem: Problem) -> str:
 
 def test_size_and_names() -> None:
     names = [each.name for each in CASES]
-    assert 200 <= len(names) <= 290
+    assert 200 <= len(names) <= 310
     assert (*ALONE, *PAIRS) == CASES
     assert len(set(names)) == len(names)
     for each in CASES:
@@ -140,7 +143,7 @@ def test_a_pair_at_an_edge_does_not_count() -> None:
 
 def test_clauses_and_features() -> None:
     """Every clause about a call's meaning has a factor; 3 and 9 are about combinations, 18 to 20 not about meaning."""
-    assert {clause for factor in FACTORS for clause in factor.clauses} == set(range(1, 18)) - {3, 9}
+    assert {clause for factor in FACTORS for clause in factor.clauses} == set(range(1, 22)) - {3, 9, 18, 19, 20}
     assert "empty rows" in FEATURES
     counts = {feature: sum(feature in each.features for each in CASES) for feature in FEATURES}
     assert min(counts.values()) >= 5, counts
@@ -228,6 +231,31 @@ def _logits(test: Callable[[np.ndarray, np.ndarray], Any]) -> Check:
     return lambda a, _, each: test(np.einsum("bhid,bhjd->bhij", a["q"], a["k"]) * each.sizes.d**-0.5, a["v"])
 
 
+def _score(test: Callable[[np.ndarray, Any], Any]) -> Check:
+    """Something about the table of a score_fn, which changes every score."""
+
+    def check(a: dict[str, Any], problem: Problem, each: Case) -> bool:
+        sizes, function = each.sizes, a["score_fn"]
+        score = np.random.default_rng(0).standard_normal((sizes.b, sizes.h, sizes.i, sizes.j))
+        changed = function(score, *np.ogrid[: sizes.b, : sizes.h, : sizes.i, : sizes.j]) != score
+        known = function.table.dtype == np.float32 and problem.dtypes["table"] == "float32"
+        return known and changed.mean() > 0.9 and test(function.table, sizes)
+
+    return check
+
+
+def _rule(*letters: str) -> Check:
+    """A mask_fn with these axes, each a letter of a size or 1, and with True and False in it."""
+
+    def check(a: dict[str, Any], _: Problem, each: Case) -> bool:
+        b, h, i, j, _ = each.sizes
+        mask = a["mask_fn"](*np.ogrid[:b, :h, :i, :j])
+        sizes = each.sizes._asdict() | {"1": 1}
+        return mask.all() < mask.any() and mask.shape == tuple(sizes[letter] for letter in letters)
+
+    return check
+
+
 MEANING: dict[str, Check] = {
     "mask_key": _mask("b", "j"),
     "mask_key_shared": _mask("1", "j"),
@@ -302,6 +330,14 @@ MEANING: dict[str, Check] = {
     "scale_10": lambda a, *_: a["scale"] == 10.0,
     "scale_tiny": lambda a, *_: a["scale"] == 0.001,
     "scale_int": lambda a, *_: a["scale"] == 1 and type(a["scale"]) is int,
+    "score_relative": _score(lambda table, sizes: table.shape[0] == sizes.h and table.shape[1] % 2 == 1),
+    "score_alibi": _score(lambda table, sizes: table.shape == (sizes.h,) and table.min() > 0),
+    "score_temperature": _score(lambda table, sizes: table.shape == (sizes.b, sizes.h)),
+    "score_bound": _score(lambda table, sizes: table.shape == (sizes.h,) and table.min() > 0),
+    "rule_document": _rule("b", "1", "i", "j"),
+    "rule_near": _rule("1", "h", "i", "j"),
+    "rule_prefix": _rule("b", "1", "i", "j"),
+    "rule_rows": lambda a, p, each: _rule("b", "1", "i", "1")(a, p, each) and not oracle.allowed(**a).any(-1).all(),
     "dropout_tenth": lambda a, *_: (
         a["dropout"] == 0.1 and type(a["dropout_seed"]) is int and a["dropout_seed"] >= 2**32
     ),
@@ -386,8 +422,9 @@ def test_shapes_and_dtypes(problems: dict[Case, Problem]) -> None:
         assert lse_cotangent is None or lse_cotangent.shape == (b, h, i), each
         assert memory == each.level("memory")
         assert dtypes["q"] == dtypes["k"] == dtypes["v"] == each.level("dtype")
-        assert set(dtypes) == {"q", "k", "v", "bias", "sinks"} & set(a), each
-        floats = {name: (a[name], dtype) for name, dtype in dtypes.items()} | {"out": (out_cotangent, dtypes["q"])}
+        given = a | ({"table": a["score_fn"].table} if "score_fn" in a else {})
+        assert set(dtypes) == {"q", "k", "v", "bias", "sinks", "table"} & set(given), each
+        floats = {name: (given[name], dtype) for name, dtype in dtypes.items()} | {"out": (out_cotangent, dtypes["q"])}
         if lse_cotangent is not None:
             floats["lse"] = lse_cotangent, accumulation(dtypes["q"])
         for name, (x, dtype) in floats.items():
@@ -459,7 +496,7 @@ def test_rules_leave_something_and_rule_something_out(problems: dict[Case, Probl
     """That two levels occur in one case is not enough: both must have an effect there, nearly always."""
     rules = {"mask": "mask", "bias": "bias", "window_size": "position", "is_causal": "position",
              "q_segment_ids": "segments", "kv_segment_ids": "segments", "q_lengths": "lengths",
-             "kv_lengths": "lengths"}  # fmt: skip
+             "kv_lengths": "lengths", "mask_fn": "mask_fn"}  # fmt: skip
     busy: set[Pair] = set()
     for each, problem in problems.items():
         if each.level("shape") in EDGES:

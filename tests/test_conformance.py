@@ -5,6 +5,7 @@ would be on an NVIDIA GPU. A new refusal, or one that is gone, changes it: `pyth
 anew, and the change is to be read like code.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
@@ -18,11 +19,13 @@ import jax
 import numpy as np
 import pytest
 
+from attend_jax.implementations import triton as jax_triton
 from attend_shared import cases, compare, parity, wrong_calls
 from attend_shared.cases import Case
 from attend_shared.compare import Outcome
 from attend_shared.errors import UnsupportedError
 from attend_shared.parity import Result, Twin
+from attend_torch.implementations import triton as torch_triton
 
 REFUSALS = Path(__file__).parent / "refusals.json"
 TWINS = [parity.load(framework) for framework in parity.FRAMEWORKS]
@@ -97,10 +100,18 @@ def test_those_that_take_turns_meet_every_level_that_they_serve() -> None:
 
 
 def found() -> dict[str, Any]:
-    """What refusals.json should hold. JAX is told where it runs; torch looks at where the arrays are said to be."""
+    """What refusals.json should hold. JAX is told where it runs; torch looks at where the arrays are said to be.
+
+    Triton looks for a GPU itself, and is told that it is not there, then that it is.
+    """
     platforms = {}
     for platform, backend in (("cpu", "cpu"), ("cuda", "gpu")):
-        with mock.patch("jax.default_backend", lambda backend=backend: backend), jax.numpy_dtype_promotion("standard"):
+        reason = "it needs an NVIDIA GPU" if platform == "cpu" else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch("jax.default_backend", lambda backend=backend: backend))
+            stack.enter_context(jax.numpy_dtype_promotion("standard"))
+            for module in (torch_triton, jax_triton):
+                stack.enter_context(mock.patch.object(module, "unavailable", lambda reason=reason: reason))
             twins = [parity.load(framework) for framework in parity.FRAMEWORKS]
             platforms[platform] = parity.refusals(twins, cases.CASES, platform)
     return platforms

@@ -91,6 +91,11 @@ def simple(case: Case) -> Problem:
     return problem._replace(arguments=given)
 
 
+def anywhere(case: Case) -> Problem:
+    """The simple problem of a case without functions of indices: items and keys may move."""
+    return simple(case.replace("score_none", "rule_none"))
+
+
 def change(problem: Problem, **arguments: Any) -> Problem:
     return problem._replace(arguments=problem.arguments | arguments)
 
@@ -133,7 +138,7 @@ def test_any_combination_is_what_the_oracle_says(framework: str, case: Case, rng
 @law_of_meaning
 def test_batch_items_do_not_know_of_each_other(framework: str, case: Case, rng: np.random.Generator) -> None:
     """Items in another order give the same results in that order; their common gradients are the same sums."""
-    problem = simple(case)
+    problem = anywhere(case)
     given = {name: x for name, x in problem.arguments.items() if not name.startswith("dropout")}  # b is counted there
     problem = problem._replace(arguments=given)
     order = rng.permutation(len(given["q"]))
@@ -153,7 +158,7 @@ def test_batch_items_do_not_know_of_each_other(framework: str, case: Case, rng: 
 @law
 def test_keys_that_are_excluded_change_nothing(framework: str, case: Case, rng: np.random.Generator) -> None:
     """Any number behind the end, with NaN in them, whatever mask, bias and ids say of them."""
-    problem = simple(case)
+    problem = anywhere(case)
     given, extra = problem.arguments, int(rng.integers(1, 7))
     b, j = given["k"].shape[0], given["k"].shape[2]
 
@@ -182,7 +187,7 @@ def test_keys_in_parts_merge_to_the_whole(framework: str, case: Case, rng: np.ra
     """out and lse, whatever excludes keys; test_merge has the gradients."""
     if case.level("bias") == "bias_lowest":  # beside -3e38 an lse has no room for the number of its keys
         case = case.replace("bias_full")
-    problem = simple(case.replace("lse", "dropout_none"))
+    problem = anywhere(case.replace("lse", "dropout_none"))
     given = problem.arguments
     j = given["k"].shape[2]
     bounds = [0, *sorted(rng.integers(0, j + 1, 2).tolist()), j]

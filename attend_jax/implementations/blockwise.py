@@ -27,6 +27,7 @@ from attend_shared.blocks import Blocks, Seen
 from attend_shared.call import Arrays, Call
 
 Array = jax.Array
+ROUNDINGS = 4  # of a product of two vectors, by which dp and delta may differ where they are equal by mathematics
 
 
 def unavailable() -> str | None:
@@ -46,6 +47,8 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     """
     if call.is_empty:
         return einsum.attend(call, arrays)
+    if call.custom:
+        return rowwise.attend(call, arrays)
     arrays = hide(call, arrays)
     floats = _Floats(arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
     out, lse = _attend(call, floats, arrays._replace(q=None, k=None, v=None, bias=None, sinks=None))
@@ -115,7 +118,16 @@ class _Tiles:
         self.call, self.bias, self.data = call, floats.bias, data
         self.wide = jnp.dtype(call.accumulation)
         self.group = call.h // call.hk
-        self.queries, self.keys = blocks.cut(call.i), blocks.cut(call.j, multiple=4)  # dropout draws keys by fours
+        # The finer the blocks, the more is skipped; the larger, the less every operation weighs.
+        self.queries = blocks.cut(call.i, 1 if call.positional or call.segments else 2)
+        self.keys = blocks.cut(call.j, multiple=4)  # dropout draws keys by fours
+        # Products of bfloat16 are exact in float32, in which they are summed. float16 would lose small gradients.
+        self.factor = jnp.dtype(call.dtype) if call.dtype == "bfloat16" else self.wide
+        # What out loses by weights so short would show in the gradient of a bias or of sinks that are not.
+        others = [x.dtype for x in (floats.bias, floats.sinks) if x is not None]
+        self.weight = self.factor if all(dtype == self.factor for dtype in others) else self.wide
+        # What logits are still to be multiplied by: the largest can be taken first where nothing is added to them.
+        self.unit = call.scale if call.softcap is None and floats.bias is None and call.scale > 0 else 1.0
         self.q = _pad(floats.q, self.queries).reshape(call.b * call.hk, self.group, self.queries.padded, call.d)
         self.k = _pad(floats.k, self.keys).reshape(call.b * call.hk, self.keys.padded, call.d)
         self.v = _pad(floats.v, self.keys).reshape(call.b * call.hk, self.keys.padded, call.dv)
@@ -200,9 +212,11 @@ class _Tiles:
     def logits(
         self, item: Array, head: Array, block: Array, q: Array, key_block: Array, k: Array
     ) -> tuple[Array, Array | None]:
-        """The logits of a block, -inf where not allowed, and tanh of the softcap, of which the way back needs it."""
+        """The logits of a block over `unit`, -inf where not allowed, and for the way back tanh of the softcap."""
         call, capped = self.call, None
-        s = _dot(q, k, 1, 1) * call.scale
+        s = self.dot(q, k, 1, 1)
+        if self.unit == 1:
+            s = s * call.scale
         if call.softcap is not None:
             capped = jnp.tanh(s / call.softcap)
             s = call.softcap * capped
@@ -221,6 +235,12 @@ class _Tiles:
             may = meaning.both(may, (columns < call.j)[None])
         return (s if may is None else jnp.where(may, s, -jnp.inf)), capped
 
+    def dot(self, a: Array, b: Array, axis_a: int, axis_b: int, factor: np.dtype | None = None) -> Array:
+        """The product over these axes, of factors in `factor`, summed in the accumulation dtype."""
+        a, b = (x.astype(factor or self.factor) for x in (a, b))
+        axes = (((axis_a,), (axis_b,)), ((), ()))
+        return lax.dot_general(a, b, axes, precision=einsum.HIGHEST, preferred_element_type=self.wide)
+
     def keep(self, item: Array, head: Array, block: Array, key_block: Array) -> Array:
         """What dropout multiplies the weights of a block by: 0 or 1 / (1 - dropout)."""
         quads = key_block * (self.keys.size // 4) + jnp.arange(self.keys.size // 4, dtype=jnp.int32)
@@ -231,10 +251,6 @@ class _Tiles:
 def _pad(x: Array, cut: Blocks) -> Array:
     """Zeros behind axis 2 up to the end of the last block."""
     return jnp.pad(x, ((0, 0), (0, 0), (0, cut.padded - x.shape[2]), (0, 0))) if cut.padded != x.shape[2] else x
-
-
-def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-    return lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), precision=einsum.HIGHEST)
 
 
 def _varying(x: Array, like: Array) -> Array:
@@ -260,25 +276,24 @@ def _forward(call: Call, floats: _Floats, data: Arrays) -> tuple[Array, Array, A
         def of_block(turn: Array) -> tuple:
             member, block = turn // queries.count, turn % queries.count
             head = n % call.hk * tiles.group + member
-            rows = lax.dynamic_slice(q, (member, block * queries.size, np.int32(0)), (1, queries.size, call.d))[
-                0
-            ].astype(wide)
+            at = member, block * queries.size, np.int32(0)
+            rows = lax.dynamic_slice(q, at, (1, queries.size, call.d))[0]
             count, which = tiles.visits(item, block)
 
             def visit(turn: Array, state: tuple) -> tuple:
                 m, total, out = state
                 key_block = which[turn]
-                k_block = lax.dynamic_slice_in_dim(k, key_block * keys.size, keys.size).astype(wide)
-                v_block = lax.dynamic_slice_in_dim(v, key_block * keys.size, keys.size).astype(wide)
+                k_block = lax.dynamic_slice_in_dim(k, key_block * keys.size, keys.size)
+                v_block = lax.dynamic_slice_in_dim(v, key_block * keys.size, keys.size)
                 s, _ = tiles.logits(item, head, block, rows, key_block, k_block)
-                top = jnp.maximum(m, s.max(1))
+                top = jnp.maximum(m, s.max(1) * tiles.unit)
                 shift = jnp.where(top == -jnp.inf, 0, top)
-                p = jnp.exp(s - shift[:, None])
+                p = jnp.exp(s * tiles.unit - shift[:, None])
                 shrink = jnp.exp(m - shift)
                 total = total * shrink + p.sum(1)
                 if call.dropout:
                     p = p * tiles.keep(item, head, block, key_block)
-                return top, total, out * shrink[:, None] + _dot(p, v_block, 1, 0)
+                return top, total, out * shrink[:, None] + tiles.dot(p, v_block, 1, 0, tiles.weight)
 
             m = jnp.broadcast_to(sinks[head], (queries.size,))
             start = m, jnp.where(m == -jnp.inf, 0, jnp.ones_like(m)), jnp.zeros((queries.size, call.dv), wide)
@@ -300,16 +315,23 @@ def _backward(
     tiles = _Tiles(call, floats, data)
     queries, keys, wide = tiles.queries, tiles.keys, tiles.wide
     shape = (call.b * call.hk, tiles.group, queries.padded)
-    dout = dout.astype(wide)
-    delta = (out * dout).sum(-1)
-    slope = jnp.where(total == 0, 0, dlse) - delta  # what every logit of a row gets besides its own share
-    inverse = jnp.where(total == 0, 0, 1 / jnp.where(total == 0, 1, total))
+    dlse = jnp.where(total == 0, 0, dlse)
+    terms = out * dout.astype(wide)
+    slope = dlse - terms.sum(-1)  # what every logit of a row gets besides its own share
+    log_total = jnp.log(jnp.where(total == 0, 1, total))
 
     def lay_out(x: Array) -> Array:
         return _pad(x if x.ndim == 4 else x[..., None], queries).reshape(*shape, -1)
 
     shift = jnp.where(m == -jnp.inf, 0, m)
-    stats = lay_out(jnp.stack([shift, inverse, slope], -1))
+    facts = [shift, log_total, slope]
+    # A row of a single key has dp = delta, and they cancel but for the rounding of each. Where total is 1 to the last
+    # bit, what is below the rounding of such a product is put to 0; elsewhere the bound is below 0.
+    single = call.masked or floats.bias is not None or call.j == 1
+    if single:
+        bound = ROUNDINGS * jnp.finfo(wide).eps * (jnp.abs(terms).sum(-1) + jnp.abs(dlse))
+        facts += [dlse, jnp.where(total == 1, bound, -1)]
+    stats = lay_out(jnp.stack(facts, -1))
     dout = lay_out(dout)
     dbias = None
     if floats.bias is not None:
@@ -317,7 +339,7 @@ def _backward(
         dbias = jnp.zeros((*floats.bias.shape[:2], *sizes), wide)
 
     def of_head(dbias: Array | None, inputs: tuple) -> tuple:
-        n, q, k, v, dout, stats = inputs  # as in _forward, dout as q, stats (group, i, 3)
+        n, q, k, v, dout, stats = inputs  # as in _forward, dout as q, stats (group, i, facts)
         item = n // call.hk
 
         def of_block(state: tuple, turn: Array) -> tuple:
@@ -327,44 +349,47 @@ def _backward(
             def rows_of(x: Array) -> Array:
                 return lax.dynamic_slice(x, (member, block * queries.size, np.int32(0)), (1, queries.size, x.shape[2]))[
                     0
-                ].astype(wide)
+                ]
 
-            rows, do, (shift, inverse, slope) = rows_of(q), rows_of(dout), rows_of(stats).T[..., None]
+            rows, do, (shift, log_total, slope, *lone) = rows_of(q), rows_of(dout), rows_of(stats).T[..., None]
             count, which = tiles.visits(item, block)
 
             def visit(turn: Array, state: tuple) -> tuple:
                 dk, dv, dbias, dq = state
                 key_block = which[turn]
-                at = key_block * keys.size
-                k_block = lax.dynamic_slice_in_dim(k, at, keys.size).astype(wide)
-                v_block = lax.dynamic_slice_in_dim(v, at, keys.size).astype(wide)
+                k_block = lax.dynamic_slice_in_dim(k, key_block * keys.size, keys.size)
+                v_block = lax.dynamic_slice_in_dim(v, key_block * keys.size, keys.size)
                 s, capped = tiles.logits(item, head, block, rows, key_block, k_block)
-                p = jnp.exp(s - shift) * inverse
-                dp = _dot(do, v_block, 1, 1)
+                p = jnp.exp(s * tiles.unit - shift - log_total)
+                dp = tiles.dot(do, v_block, 1, 1)
                 weights = p
                 if call.dropout:
                     keep = tiles.keep(item, head, block, key_block)
                     weights, dp = p * keep, dp * keep
-                ds = p * (dp + slope)
+                dp = dp + slope
+                if single:
+                    own, bound = lone
+                    dp = jnp.where(jnp.abs(dp - own) <= bound, own, dp)
+                ds = p * dp
                 if dbias is not None:
                     dbias = _add_block(dbias, tiles, item, head, block, key_block, ds)
                 if capped is not None:
                     ds = ds * (1 - capped) * (1 + capped)
-                ds = ds * call.scale
-                dk = _add(dk, _dot(ds, rows, 0, 0), at)
-                dv = _add(dv, _dot(weights, do, 0, 0), at)
-                return dk, dv, dbias, dq + _dot(ds, k_block, 1, 0)
+                dk = _add(dk, tiles.dot(rows, ds, 0, 0), key_block)
+                dv = _add(dv, tiles.dot(do, weights, 0, 0), key_block)
+                return dk, dv, dbias, dq + tiles.dot(ds, k_block, 1, 0)
 
             dq = _varying(jnp.zeros((queries.size, call.d), wide), rows)
             *state, dq = lax.fori_loop(0, count, visit, (*state, dq))
-            return tuple(state), dq.astype(floats.q.dtype)
+            return tuple(state), (dq * call.scale).astype(floats.q.dtype)
 
-        empty = (jnp.zeros((keys.padded, size), wide) for size in (call.d, call.dv))
+        # Transposed, since products whose result has many columns and few rows are twice as fast on a CPU.
+        empty = (jnp.zeros((keys.count, size, keys.size), wide) for size in (call.d, call.dv))
         turns = jnp.arange(tiles.group * queries.count, dtype=jnp.int32)
         start: Any = (*(_varying(x, q) for x in empty), dbias)
         swept: Any = lax.scan(of_block, start, turns)
         (dk, dv, dbias), dq = swept
-        return dbias, (dq, dk.astype(floats.k.dtype), dv.astype(floats.v.dtype))
+        return dbias, (dq, (dk * call.scale).astype(floats.k.dtype), dv.astype(floats.v.dtype))
 
     heads = jnp.arange(call.b * call.hk, dtype=jnp.int32)
     inputs = heads, tiles.q, tiles.k, tiles.v, dout, stats
@@ -373,18 +398,18 @@ def _backward(
     else:  # heads in turn, since they may add to the same bias
         dbias, (dq, dk, dv) = lax.scan(of_head, _varying(dbias, floats.q), inputs)
     dq = dq.reshape(call.b, call.h, queries.padded, call.d)[:, :, : call.i]
-    dk, dv = (x.reshape(call.b, call.hk, keys.padded, -1)[:, :, : call.j] for x in (dk, dv))
+    dk, dv = (x.swapaxes(2, 3).reshape(call.b, call.hk, keys.padded, -1)[:, :, : call.j] for x in (dk, dv))
     if dbias is not None and floats.bias is not None:
         dbias = dbias[:, :, : floats.bias.shape[2], : floats.bias.shape[3]].astype(floats.bias.dtype)
     dsinks = None
     if floats.sinks is not None:
-        weight = jnp.exp(floats.sinks.astype(wide)[:, None] - shift) * inverse  # (b h i)
+        weight = jnp.exp(floats.sinks.astype(wide)[:, None] - shift - log_total)  # (b h i)
         dsinks = (weight * slope).sum((0, 2)).astype(floats.sinks.dtype)
     return _Floats(dq, dk, dv, dbias, dsinks)
 
 
 def _add(x: Array, block: Array, at: Array) -> Array:
-    return lax.dynamic_update_slice_in_dim(x, lax.dynamic_slice_in_dim(x, at, block.shape[0]) + block, at, 0)
+    return lax.dynamic_update_index_in_dim(x, lax.dynamic_index_in_dim(x, at, 0, False) + block, at, 0)
 
 
 def _add_block(

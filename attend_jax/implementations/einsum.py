@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from attend_jax import philox
-from attend_jax.arrays import allowed, hide, hide_rows
+from attend_jax.arrays import allowed, custom, hide, hide_rows
 from attend_shared.call import Arrays, Call
 
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 products in full, where a device would shorten them
@@ -33,8 +33,14 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     return hide_rows(call, arrays, out) if call.q_lengths else out, lse
 
 
-def compute(call: Call, arrays: Arrays, first: int | jax.Array = 0) -> tuple[jax.Array, jax.Array]:
-    """The formula on arrays from which nothing can leak; `first` is the index of the first query, for dropout."""
+def compute(
+    call: Call, arrays: Arrays, first: int | jax.Array = 0, first_key: int | jax.Array = 0
+) -> tuple[jax.Array, jax.Array]:
+    """The formula on arrays from which nothing can leak.
+
+    `first` and `first_key` are what the indices of queries and keys begin with, for custom scores; dropout's keys
+    begin with 0.
+    """
     wide = jnp.dtype(call.accumulation)
     q = rearrange(arrays.q.astype(wide), "b (hk g) i d -> b hk g i d", hk=call.hk)
     s = jnp.einsum("bkgid,bkjd->bkgij", q, arrays.k.astype(wide), precision=HIGHEST) * call.scale
@@ -44,6 +50,8 @@ def compute(call: Call, arrays: Arrays, first: int | jax.Array = 0) -> tuple[jax
     if arrays.bias is not None:
         s = s + arrays.bias.astype(wide)
     may = allowed(call, arrays)
+    if call.custom:
+        s, may = custom(call, s, may, first, first_key)
     if may is not None:
         s = jnp.where(may, s, -jnp.inf)
     sink = jnp.full((), -jnp.inf, wide) if arrays.sinks is None else arrays.sinks.astype(wide)[:, None]

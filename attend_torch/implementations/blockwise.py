@@ -32,6 +32,7 @@ from attend_torch.implementations import einsum, rowwise
 Tensor = torch.Tensor
 LOG2E = math.log2(math.e)
 COUNTERS = 2**14  # of dropout's words, drawn at once
+ROUNDINGS = 4  # of a product of two vectors, by which dp and delta may differ where they are equal by mathematics
 PATTERNS = 16  # tiles cut by position that are kept to be used again
 
 
@@ -52,6 +53,8 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     """
     if call.is_empty:
         return einsum.attend(call, arrays)
+    if call.custom:
+        return rowwise.attend(call, arrays)
     arrays = hide(call, arrays)
     offset = 0
     if call.positional and not isinstance(arrays.q_offset, Tensor):
@@ -139,7 +142,7 @@ def _answer(ctx: Any) -> tuple[Callable, list[int], list[Tensor]]:
 
     Second derivatives and those forward are taken of it, where out, m and total are functions of the arrays.
     """
-    call, arrays = _canonical(ctx.saved_tensors[:COUNT], *ctx.options)
+    call, arrays = canonical(ctx.saved_tensors[:COUNT], *ctx.options)
     places = [place for place in FLOATS if arrays[place] is not None]
 
     def function(*floats: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +173,7 @@ def _among(count: int, values: Sequence[Any], places: Sequence[int], wanted: Seq
     return tuple(result)
 
 
-def _canonical(
+def canonical(
     arrays: Sequence[Tensor | None], left: int | None, right: int | None, offset: int, scale: float,
     softcap: float | None, dropout: float,
 ) -> tuple[Call, Arrays]:  # fmt: skip
@@ -192,7 +195,7 @@ def _attend(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     m is the largest logit of a row, sink included, in units of `_Tiles.unit`; total is the sum of exp(s - m).
     """
     with torch.autocast(inputs[0].device.type, enabled=False):
-        return _forward(*_canonical(inputs[:COUNT], *inputs[COUNT:]))
+        return _forward(*canonical(inputs[:COUNT], *inputs[COUNT:]))
 
 
 def _attend_fake(q: Tensor, _: Tensor, v: Tensor, *__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -204,7 +207,7 @@ def _attend_fake(q: Tensor, _: Tensor, v: Tensor, *__: Any) -> tuple[Tensor, Ten
 def _gradients(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias and dsinks, the last two of shape (0,) where there are none or they are not wanted."""
     with torch.autocast(inputs[0].device.type, enabled=False):  # a caller may go backward inside it
-        return _backward(*_canonical(inputs[:COUNT], *inputs[COUNT + 6 :]), *inputs[COUNT : COUNT + 6])
+        return _backward(*canonical(inputs[:COUNT], *inputs[COUNT + 6 :]), *inputs[COUNT : COUNT + 6])
 
 
 def _gradients_fake(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -229,12 +232,12 @@ def _derive(ctx: Any, dout: Tensor, dlse: Tensor, *_: Any) -> tuple:
     return _among(COUNT + len(ctx.options), gradients, FLOATS, wanted)
 
 
-_ARRAYS = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in Arrays._fields)
+ARRAYS = ", ".join(f"Tensor{'' if name in 'qkv' else '?'} {name}" for name in Arrays._fields)
 _SAVED = "Tensor out, Tensor m, Tensor total, Tensor dout, Tensor dlse, bool wants_bias"
-_OPTIONS = "SymInt? left, SymInt? right, SymInt offset, float scale, float? softcap, float dropout"
+OPTIONS = "SymInt? left, SymInt? right, SymInt offset, float scale, float? softcap, float dropout"
 _LIBRARY = torch.library.Library("attend_torch", "FRAGMENT")
-_LIBRARY.define(f"blockwise({_ARRAYS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
-_LIBRARY.define(f"blockwise_gradients({_ARRAYS}, {_SAVED}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"blockwise({ARRAYS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define(f"blockwise_gradients({ARRAYS}, {_SAVED}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 for _name, _function, _fake in (
     ("blockwise", _attend, _attend_fake),
     ("blockwise_gradients", _gradients, _gradients_fake),
@@ -286,7 +289,8 @@ class _Tiles:
         self.on_cpu = call.platform == "cpu"  # there data may be read: elsewhere that would wait for the device
         # exp2 is several times as fast as exp where weights vanish. What a caller adds may be as low as numbers go:
         # there logits stay themselves until the largest is taken off.
-        self.unit = LOG2E if data.bias is None and data.sinks is None else 1.0
+        plain = data.bias is None and data.sinks is None and self.wide != torch.float64
+        self.unit = LOG2E if plain else 1.0
         self.lowest = torch.finfo(self.wide).min
         # The finer the blocks, the more is skipped; the larger, the less every operation weighs.
         block = blocks.BLOCK
@@ -565,7 +569,29 @@ def _weights(tiles: _Tiles, s: Tensor, top: Tensor | None = None) -> Tensor:
     """exp of logits less the largest of their row, in place."""
     if top is not None:
         s.sub_(top[..., None])
+    if tiles.wide == torch.float64:
+        return s.exp_()
     return (s if tiles.unit == LOG2E else s.mul_(LOG2E)).exp2_()
+
+
+def _lone(
+    tiles: _Tiles, slab: _Slab, rows: slice, visits: list[_Tile], out: Tensor, total: Tensor, dout: Tensor, dlse: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """dlse and a bound, (n, rows, 1): dp + slope that is as near to dlse as its bound is dlse. None: no row has one.
+
+    A row of a single key has dp = delta, and they cancel but for the rounding of each. Where total is 1 to the last
+    bit, what is below the rounding of such a product is put to 0; elsewhere the bound is below 0. There is no such row
+    where a tile lets every query see several keys.
+    """
+    if tiles.data.bias is None and any(tile.placed and tile.free and _width(tile) > 1 for tile in visits):
+        return None
+    at = slab.items, slab.heads, rows
+    single = total[at] == 1
+    if tiles.on_cpu and not single.any():
+        return None
+    size = (out[at] * dout[at]).abs().sum(-1) + dlse[at].abs()
+    bound = torch.where(single, ROUNDINGS * torch.finfo(tiles.wide).eps * size, -1)
+    return dlse[at].reshape(slab.n, -1, 1), bound.reshape(slab.n, -1, 1)
 
 
 def _backward(
@@ -575,7 +601,8 @@ def _backward(
     tiles = _Tiles(call, data)
     dq, dk, dv = (x.new_empty(x.shape) for x in (data.q, data.k, data.v))
     inverse = torch.where(total == 0, 0, 1 / total)
-    slope = torch.where(total == 0, 0, dlse)  # what every logit of a row gets besides its own share
+    dlse = torch.where(total == 0, 0, dlse)
+    slope = torch.empty_like(dlse, dtype=torch.float64)  # what every logit of a row gets besides its own share
     dbias = data.q.new_empty(0)
     if wants_bias:
         once = data.bias.shape == (call.b, call.h, call.i, call.j)  # nothing is summed
@@ -592,9 +619,9 @@ def _backward(
             dv_slab.zero_()
         for rows, visits in turns:
             at = slab.items, slab.heads, rows
-            # In float64, since in a row of one key this cancels against dp to the last bit that either has.
-            slope[at] -= (out[at].double() * dout[at].double()).sum(-1)
+            slope[at] = dlse[at] - (out[at].double() * dout[at].double()).sum(-1)
             q, do, top, share, one = (tiles.queries_of(x, slab, rows) for x in (data.q, dout, m, slope, inverse))
+            lone = _lone(tiles, slab, rows, visits, out, total, dout, dlse)
             share, one = share[..., None], one[..., None]
             do = do / (1 - call.dropout) if call.dropout else do
             do_over_l, q_over_l = do * one, q * one  # weights are divided by total where there are fewer columns
@@ -610,6 +637,9 @@ def _backward(
                     weights = keep.mul_(p)
                 else:
                     torch.baddbmm(share, do, v_tile.mT, out=dp)
+                if lone is not None:
+                    own, bound = lone
+                    torch.where(torch.abs(dp - own) <= bound, own, dp, out=dp)
                 dv_slab[:, tile.columns].baddbmm_(weights.mT, do_over_l, beta=beta)
                 ds = p.mul_(dp)
                 if wants_bias:
@@ -628,6 +658,6 @@ def _backward(
         dbias = dbias.to(data.bias.dtype)
     dsinks = data.q.new_empty(0)
     if data.sinks is not None:
-        weight = _weights(tiles, data.sinks.to(tiles.wide)[:, None] * tiles.unit - m) * inverse  # (b h i)
-        dsinks = (weight * slope).sum((0, 2)).to(data.sinks.dtype)
+        weight = (data.sinks.double()[:, None] - m).exp() * (inverse * slope)  # (b h i)
+        dsinks = weight.sum((0, 2)).to(data.sinks.dtype)
     return dq, dk, dv, dbias, dsinks

@@ -7,7 +7,7 @@ from einops import rearrange
 
 from attend_shared.call import Arrays, Call
 from attend_torch import philox
-from attend_torch.arrays import allowed, hide, hide_rows
+from attend_torch.arrays import allowed, custom, hide, hide_rows
 
 
 def unavailable() -> str | None:
@@ -30,8 +30,12 @@ def attend(call: Call, arrays: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
     return hide_rows(call, arrays, out) if call.q_lengths else out, lse
 
 
-def compute(call: Call, arrays: Arrays, first: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The formula on arrays from which nothing can leak; `first` is the index of the first query, for dropout."""
+def compute(call: Call, arrays: Arrays, first: int = 0, first_key: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula on arrays from which nothing can leak.
+
+    `first` and `first_key` are what the indices of queries and keys begin with, for custom scores; dropout's keys
+    begin with 0.
+    """
     wide = getattr(torch, call.accumulation)
     q = rearrange(arrays.q.to(wide), "b (hk g) i d -> b hk g i d", hk=call.hk)
     s = torch.einsum("b k g i d, b k j d -> b k g i j", q, arrays.k.to(wide)) * call.scale
@@ -41,6 +45,8 @@ def compute(call: Call, arrays: Arrays, first: int = 0) -> tuple[torch.Tensor, t
     if arrays.bias is not None:
         s = s + arrays.bias.to(wide)
     may = allowed(call, arrays)
+    if call.custom:
+        s, may = custom(call, s, may, first, first_key)
     if may is not None:
         s = torch.where(may, s, -torch.inf)
     p, lse = _softmax(call, s, arrays.sinks)

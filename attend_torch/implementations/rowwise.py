@@ -2,6 +2,8 @@
 
 Slower than `blockwise`, since nothing is skipped and the way back computes each block again, but its derivatives are
 those of plain code: forward mode, reverse mode, and any mixture of them stay linear in memory.
+
+Custom scores are served here, for `blockwise` too: there keys that no query of a block can reach are skipped.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from attend_shared import blocks
 from attend_shared.call import FAR, Arrays, Call
 from attend_torch.arrays import hide, hide_rows
 from attend_torch.implementations import einsum
@@ -50,7 +53,8 @@ def rows(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     shared = {name: x.to(wide) for name in ("k", "v", "bias", "sinks")
               if (x := getattr(arrays, name)) is not None and getattr(axes, name) is None}  # fmt: skip
     plan = _Plan(partial(_block, call), call.i, size, axes, (2, 2))
-    if torch.compiler.is_compiling():  # a compiler follows this form alone, and knows first derivatives only
+    # A compiler follows this form alone, and knows first derivatives only; what custom scores capture is no input.
+    if torch.compiler.is_compiling() or call.custom:
         return _each(plan, arrays._replace(**shared))
     return _Rows.apply(plan, *arrays._replace(**shared))
 
@@ -62,14 +66,33 @@ def _block(call: Call, first: int, *data: Any) -> tuple[Tensor, Tensor]:
         return x.long().clamp(-FAR, FAR) + by if isinstance(x, Tensor) else x + by  # a far one must not wrap
 
     arrays = Arrays(*data)
+    i, j, first_key = arrays.q.shape[2], call.j, 0
     if call.positional:
         offset = {"zero": 0, "end": call.j - call.i, "data": arrays.q_offset}[call.offset]
-        arrays = arrays._replace(q_offset=moved(offset, first))
+        if call.custom and not call.dropout:  # whose keys begin with 0
+            first_key, end = blocks.reach(call, offset, first, i)
+            arrays, j = _keys(call, arrays, first_key, end), end - first_key
+        arrays = arrays._replace(q_offset=moved(offset, first - first_key))
     if call.q_lengths:
         arrays = arrays._replace(q_lengths=moved(arrays.q_lengths, -first))
     mask, bias = (None if x is None else tuple(x.shape) for x in (arrays.mask, arrays.bias))
     offset_is = "data" if call.positional else "zero"
-    return einsum.compute(call._replace(i=arrays.q.shape[2], mask=mask, bias=bias, offset=offset_is), arrays, first)
+    part = call._replace(i=i, j=j, mask=mask, bias=bias, offset=offset_is)
+    return einsum.compute(part, arrays, first, first_key)
+
+
+def _keys(call: Call, arrays: Arrays, first: int, end: int) -> Arrays:
+    """The arrays with these keys alone, counted from the first."""
+    keys = slice(first, end)
+
+    def of_pairs(x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.shape[3] == 1 else x[..., keys]
+
+    return arrays._replace(
+        k=arrays.k[:, :, keys], v=arrays.v[:, :, keys], mask=of_pairs(arrays.mask), bias=of_pairs(arrays.bias),
+        kv_segment_ids=arrays.kv_segment_ids[:, keys] if call.segments else None,
+        kv_lengths=arrays.kv_lengths.long() - first if call.kv_lengths else None,
+    )  # fmt: skip
 
 
 class _Plan(NamedTuple):

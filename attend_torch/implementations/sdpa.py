@@ -54,6 +54,18 @@ def _quadratic(call: Call) -> str | None:
     return None
 
 
+def makes_mask(call: Call) -> bool:
+    """Whether positions, segments or lengths would become a q_len x kv_len mask that the caller did not pass."""
+    by_row = call.positional or call.segments or call.q_lengths
+    given = any(x is not None and x[2] > 1 for x in (call.mask, call.bias))
+    return bool(by_row) and not given and _needs_mask(call)
+
+
+def is_quadratic(call: Call) -> bool:
+    """Whether torch takes its math path on a CPU, whose every array of logits goes through memory."""
+    return call.platform == "cpu" and (call.bias_gradient or call.dv != call.d)
+
+
 def _is_causal(call: Call) -> bool:
     """Whether is_causal says it all: torch aligns it top-left, and gives NaN with it at scale <= 0."""
     return (

@@ -28,14 +28,14 @@ class Blocks:
         return self.size * self.count
 
 
-def cut(length: int, multiple: int = 1) -> Blocks:
-    """The fewest blocks of at most BLOCK, as equal as can be, their size a multiple of `multiple`.
+def cut(length: int, coarse: int = 1, multiple: int = 1) -> Blocks:
+    """The fewest blocks of at most `coarse` times BLOCK, as equal as can be, their size a multiple of `multiple`.
 
     Example:
-        >>> cut(512), cut(300), cut(5, multiple=4)
-        (Blocks(size=256, count=2), Blocks(size=150, count=2), Blocks(size=8, count=1))
+        >>> cut(512), cut(512, coarse=2), cut(300), cut(5, multiple=4)
+        (Blocks(size=256, count=2), Blocks(size=512, count=1), Blocks(size=150, count=2), Blocks(size=8, count=1))
     """
-    count = max(1, -(-length // BLOCK))
+    count = max(1, -(-length // (coarse * BLOCK)))
     size = -(-length // count)
     return Blocks(max(multiple, -(-size // multiple) * multiple), count)
 
@@ -43,13 +43,19 @@ def cut(length: int, multiple: int = 1) -> Blocks:
 def is_small(call: Call) -> bool:
     """Whether one product for all heads beats blocks of them, and its logits fit.
 
-    On a CPU blocks win once there are enough of them; elsewhere a loop over blocks is for what would not fit.
+    On a CPU blocks win from one of them on, unless queries or keys are few; elsewhere a loop over blocks is for what
+    would not fit.
     """
     logits = call.b * call.h * call.i * call.j
     if call.platform != "cpu":
         return logits <= 2**28
-    few = min(call.i, call.j) < BLOCK or call.i * call.j <= BLOCK * BLOCK
+    few = min(call.i, call.j) < BLOCK // 4 or call.i * call.j < BLOCK * BLOCK
     return few and logits <= 2**26
+
+
+def is_large(call: Call) -> bool:
+    """Whether blocks beat a fused library whose own path for this call makes whole arrays of logits."""
+    return call.i * call.j > 4 * BLOCK * BLOCK
 
 
 class Seen(NamedTuple):
@@ -66,6 +72,22 @@ class Seen(NamedTuple):
     low_id: Any = None
     high_id: Any = None
     length: Any = None
+
+
+def reach(call: Call, offset: Any, first: int, size: int) -> tuple[int, int]:
+    """The keys, from and up to, that positions let any of some queries see; all keys where the offset is an array.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> reach(SimpleNamespace(j=9, left=2, right=0), 0, first=4, size=2), reach(SimpleNamespace(j=9), None, 4, 2)
+        ((2, 6), (0, 9))
+    """
+    if not isinstance(offset, int):
+        return 0, call.j
+    low = 0 if call.left is None else first + offset - call.left
+    high = call.j if call.right is None else first + size + offset + call.right
+    low = min(max(low, 0), call.j)
+    return low, max(low, min(high, call.j))
 
 
 def visible(call: Call, offset: Any, queries: Seen, keys: Seen) -> Any:

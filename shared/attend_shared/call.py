@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-NAMES = ("sdpa", "cudnn", "blockwise", "xla", "rowwise", "einsum")  # of the implementations of either framework
+NAMES = ("sdpa", "cudnn", "triton", "blockwise", "xla", "rowwise", "einsum")  # of implementations of either framework
 LAYOUTS = ("bhnd", "bnhd")
 LAYOUT_NAMES = 'one of "bhnd", "bnhd"'
 LAYOUT_ADVICE = "bhnd is (batch, heads, length, head size), bnhd is (batch, length, heads, head size)."
+SCORE_FN, MASK_FN = "(score, b, h, q_index, kv_index)", "(b, h, q_index, kv_index)"
 LARGEST = sys.float_info.max
 FAR = 2**30  # a distance between positions that no array reaches; offsets are cut to it, so that 32 bits hold them
 
@@ -72,6 +73,9 @@ class Call(NamedTuple):
         biased_gradient: whether there is a bias, and a gradient may be asked of q, k or v.
         flash: None, or True where an array of q_len x kv_len is not allowed.
         names: the implementations that were asked for, or None for a choice.
+        custom: whether there is a score_fn or a mask_fn.
+        score_fn, mask_fn: None, or the caller's functions, as `attend` describes them. What they capture is no part of
+            a call: JAX makes them programs over data before a call is compared with others.
     """
 
     framework: str
@@ -103,6 +107,9 @@ class Call(NamedTuple):
     biased_gradient: bool
     flash: bool | None
     names: tuple[str, ...] | None
+    custom: bool = False
+    score_fn: Callable[..., Any] | None = None
+    mask_fn: Callable[..., Any] | None = None
 
     @property
     def accumulation(self) -> str:
@@ -194,6 +201,8 @@ def check(
     layout: Any,
     implementation: Any,
     flash: bool | None = None,
+    score_fn: Any = None,
+    mask_fn: Any = None,
 ) -> Call:
     """Check the arguments of `attend` in one fixed order and say what they mean.
 
@@ -202,6 +211,7 @@ def check(
         arrays: the data as the caller passed it.
         is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation: as in `attend`.
         flash: as in `Attend`; False is the implementation "einsum".
+        score_fn, mask_fn: as in `attend`. They are called where scores are made, not here.
 
     Returns:
         The call; `canonical` gives the data its form.
@@ -223,6 +233,9 @@ def check(
     if return_lse is not True and return_lse is not False and not isinstance(return_lse, np.bool_):
         raise _static("return_lse", "a bool", return_lse, "It decides what is returned, so it cannot be data.")
     names = None if implementation is None and flash is None else _names(implementation, flash)
+    custom = False
+    if score_fn is not None or mask_fn is not None:
+        custom = _functions(score_fn, mask_fn)
 
     if mask is not None:
         mask = _mask_shape(framework, mask, b, h, i, j)
@@ -243,9 +256,9 @@ def check(
     if q_segment_ids is not None or kv_segment_ids is not None:
         segments = _segments(framework, q_segment_ids, kv_segment_ids, b, i, j)
     if q_lengths is not None:
-        _integers(framework, "q_lengths", q_lengths, ((b,),), "(b,)", "One length for each batch item.")
+        check_integers(framework, "q_lengths", q_lengths, ((b,),), "(b,)", "One length for each batch item.")
     if kv_lengths is not None:
-        _integers(framework, "kv_lengths", kv_lengths, ((b,),), "(b,)", "One length for each batch item.")
+        check_integers(framework, "kv_lengths", kv_lengths, ((b,),), "(b,)", "One length for each batch item.")
     sinks_dtype = None
     if sinks is not None:
         sinks_dtype = _float_array(framework, "sinks", sinks)
@@ -276,7 +289,7 @@ def check(
         q_lengths is not None, kv_lengths is not None, sinks_dtype, softcap, scale, dropout, bool(return_lse),
         bias is not None and framework.wants_gradient(arrays.bias),
         bias is not None and any(map(framework.wants_gradient, (q, k, v))),
-        flash or None, names,
+        flash or None, names, custom, score_fn, mask_fn,
     ))  # fmt: skip
 
 
@@ -312,6 +325,16 @@ def check_module(
     return window, implementation if isinstance(implementation, str) else names
 
 
+def _functions(score_fn: Any, mask_fn: Any) -> bool:
+    if score_fn is not None and not callable(score_fn):
+        raise wrong(TypeError, "score_fn", f"None, or a function {SCORE_FN} of scores", score_fn,
+                     "An array of what is added to scores is bias=.")  # fmt: skip
+    if mask_fn is not None and not callable(mask_fn):
+        raise wrong(TypeError, "mask_fn", f"None, or a function {MASK_FN} of bool", mask_fn,
+                     "An array of which pairs are allowed is mask=.")  # fmt: skip
+    return True
+
+
 def _options(
     is_causal: Any, window_size: Any, softcap: Any, scale: Any, dropout: Any
 ) -> tuple[bool, int | None, int | None, float | None, float | None, float]:
@@ -320,14 +343,14 @@ def _options(
         raise _static("is_causal", "a bool", is_causal, "Pass a causal mask that depends on data as mask=.")
     left, right = (None, None) if window_size is None else _window(window_size)
     if scale is not None:
-        scale = _number("scale", scale, "Pass None for d ** -0.5; a learned or per-head scale multiplies q.")
+        scale = number("scale", scale, "Pass None for d ** -0.5; a learned or per-head scale multiplies q.")
     if softcap is not None:
-        softcap = _number("softcap", softcap, "Pass None for no softcap.")
+        softcap = number("softcap", softcap, "Pass None for no softcap.")
         if not softcap > 0:
             raise wrong(ValueError, "softcap", "a number > 0", softcap, "Pass None for no softcap.")
         softcap = softcap if softcap < 1e30 else None  # cap * tanh(x / cap) is x there, and float32 has no 1e39
     if dropout.__class__ is not float or dropout:
-        dropout = _number("dropout", dropout, "Pass 0 for no dropout.")
+        dropout = number("dropout", dropout, "Pass 0 for no dropout.")
         if not 0 <= dropout < 1:
             raise wrong(ValueError, "dropout", "a probability in [0, 1)", dropout, "Pass 0 for no dropout.")
     return bool(is_causal), left, right, softcap, scale, dropout
@@ -466,7 +489,8 @@ def _float_array(framework: Framework, argument: str, value: Any) -> str:
     return dtype
 
 
-def _number(argument: str, value: Any, advice: str) -> float:
+def number(argument: str, value: Any, advice: str) -> float:
+    """A finite static number as a float; anything else raises."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (float, int, np.floating, np.integer)):
         raise _static(argument, "a number", value, advice)
     try:
@@ -556,7 +580,7 @@ def _offset(
 ) -> tuple[str, int | None, int | None]:
     """The kind of offset, and the bounds without those that it makes vacuous."""
     if not is_int(q_offset):
-        _integers(
+        check_integers(
             framework, "q_offset", q_offset, ((), (b,)), "() or (b,)", "Query t sits at key position t + q_offset."
         )
         return "data", left, right
@@ -569,9 +593,10 @@ def _offset(
     return "zero" if q_offset == 0 else "end" if q_offset == j - i else "data", left, right
 
 
-def _integers(
+def check_integers(
     framework: Framework, argument: str, value: Any, shapes: tuple[tuple[int, ...], ...], letters: str, advice: str
 ) -> None:
+    """Raise unless the value is an array of integers, of one of these shapes."""
     expected = f"integers of shape {letters} = {shapes[-1]}"
     if argument == "q_offset":
         expected = f"an int, or {expected}"
@@ -586,9 +611,9 @@ def _integers(
 def _segments(framework: Framework, q_ids: Any, kv_ids: Any, b: int, i: int, j: int) -> bool:
     advice = "A query attends to the keys that have its id."
     if q_ids is not None:
-        _integers(framework, "q_segment_ids", q_ids, ((b, i),), "(b, i)", advice)
+        check_integers(framework, "q_segment_ids", q_ids, ((b, i),), "(b, i)", advice)
     if kv_ids is not None:
-        _integers(framework, "kv_segment_ids", kv_ids, ((b, j),), "(b, j)", advice)
+        check_integers(framework, "kv_segment_ids", kv_ids, ((b, j),), "(b, j)", advice)
     if i != j and (q_ids is None or kv_ids is None):
         missing, letters = (
             ("q_segment_ids", f"(b, i) = ({b}, {i})") if q_ids is None else ("kv_segment_ids", f"(b, j) = ({b}, {j})")

@@ -33,7 +33,7 @@ FEATURES: tuple[str, ...] = tuple(dict.fromkeys(feature for level in LEVELS.valu
 _PLACE = {factor.name: place for place, factor in enumerate(FACTORS)}
 _PLAIN = frozenset(factor.levels[0].name for factor in FACTORS if factor.name not in ("shape", "dtype"))
 # A covering array without these is what implementations that lack them can be tested on.
-_RARE = ("sinks", "softcap", "dropout", "lse")
+_RARE = ("sinks", "softcap", "score_fn", "mask_fn", "dropout", "lse")
 
 if TYPE_CHECKING:
     ALONE: tuple[Case, ...]
@@ -267,4 +267,11 @@ _TRAPS = (
     "mask_empty_rows lse",
     "scale_10 bfloat16",
     "heads_grouped dropout_tenth",
+    "decode mask_empty_rows bias_inf_rows window_causal offset_0 dropout_tenth",
+    "score_relative wide bfloat16 lse",
+    "score_bound softcap_2 bias_inf_rows lse",
+    "score_temperature poison_nan mask_key",
+    "score_alibi tiles_wide causal offset_end",
+    "rule_rows sinks_own lse",
+    "rule_prefix score_relative dropout_half heads_grouped",
 )

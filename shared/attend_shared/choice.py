@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from attend_shared.call import Call
 from attend_shared.errors import UnsupportedError
 
+NO_FUNCTIONS = "it has no score_fn and no mask_fn"
+
 
 class Implementation(NamedTuple):
     """One implementation on this machine.
@@ -57,17 +59,21 @@ class Entry(NamedTuple):
         fused: as in `Implementation`.
         module: has `unavailable() -> None or a reason`, `refusal(call) -> None or a reason` (cheap and pure), and
             `attend(call, arrays) -> (out, lse or None)`.
+        custom: whether it takes score_fn and mask_fn.
     """
 
     name: str
     fused: bool
     module: Any
+    custom: bool = False
 
 
 def refusal(entry: Entry, call: Call) -> str | None:
     """Why this implementation cannot serve this call, in words, or None."""
     if call.flash and not entry.fused:
         return "it makes a q_len x kv_len array, and flash=True allows none"
+    if call.custom and not entry.custom:
+        return entry.module.unavailable() or NO_FUNCTIONS
     return entry.module.unavailable() or entry.module.refusal(call)
 
 

@@ -149,7 +149,7 @@ def budgets(problem: Problem) -> dict[str, Budget]:
             name=name,
             dtype=dtype,
             resolution=max(dtype, accumulation, key=dtypes.EPS.__getitem__),
-            axes=_axes(name, problem.arguments.get("layout", "bhnd")),
+            axes=_axes(name, problem.arguments.get("layout", "bhnd"), expected.ndim),
             expected=expected,
             exact=exact.get(name, np.zeros(expected.shape, dtype=np.bool_)),
             overflows=overflows,
@@ -292,8 +292,10 @@ def _mean(x: NDArray[Any]) -> float:
     return float(np.mean(x)) if x.size else 0.0
 
 
-def _axes(name: str, layout: str) -> tuple[str, ...]:
+def _axes(name: str, layout: str, rank: int) -> tuple[str, ...]:
     match name:
+        case "dtable":
+            return tuple(f"axis {n}" for n in range(rank))
         case "lse":
             return ("b", "h", "i")
         case "dbias":
@@ -327,6 +329,10 @@ def _exact_zeros(problem: Problem) -> dict[str, Bools]:
         zeros["dbias"] = ~np.any(pairs, axis=broadcast, keepdims=True)
     if given.get("sinks") is not None:
         zeros["dsinks"] = np.equal(given["sinks"], -np.inf)
+    if given.get("score_fn") is not None:
+        entry, _ = given["score_fn"].entries(np.ones(pairs.shape), *np.ogrid[:b, :h, :i, :j])
+        table = given["score_fn"].table
+        zeros["dtable"] = np.bincount(entry[pairs], minlength=table.size).reshape(table.shape) == 0
     return zeros
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from attend_shared.call import Arrays, Call
+from attend_shared.call import Arrays, Call, Framework, wrong
 
 
 def both(a: Any, b: Any) -> Any:
@@ -66,6 +66,66 @@ def allowed(call: Call, arrays: Arrays, query: Any, key: Any) -> Any:
         result = both(result, arrays.mask)
     if arrays.bias is not None:
         result = both(result, arrays.bias != float("-inf"))
+    return result
+
+
+def custom(
+    framework: Framework, call: Call, s: Any, may: Any, pairs: tuple[Any, Any, Any, Any],
+    where: Callable[[Any, Any, Any], Any],
+) -> tuple[Any, Any]:  # fmt: skip
+    """score_fn and mask_fn on the logits of a call, or of a block of one.
+
+    A pair that the rest rules out is shown to score_fn with the score 0, and what comes back for it goes nowhere: so
+    that neither an infinity nor what lies in padding reaches the caller's function or its derivative.
+
+    Args:
+        framework: how this framework's arrays are looked at.
+        call: canonical; where it has neither function nothing changes.
+        s: (b h n m), logits with softcap and bias.
+        may: bool, broadcastable to s, or None: what all the rest allows.
+        pairs: the call's own indices b, h, q_index, kv_index: integers that broadcast to s, (b 1 1 1), (1 h 1 1),
+            (1 1 n 1), (1 1 1 m).
+        where: the framework's `where(condition, a, b)`.
+
+    Returns:
+        s and may. Where the new may is False s may be anything.
+
+    Raises:
+        TypeError, ValueError: what a function gave is no array, or of another dtype or shape.
+    """
+    if call.is_empty:  # there is no pair to show
+        return s, may
+    if call.mask_fn is not None:
+        may = both(may, _may(framework, call.mask_fn(*pairs), tuple(s.shape)))
+    if call.score_fn is not None:
+        s = s if may is None else where(may, s, 0)
+        s = _scored(framework, call.score_fn(s, *pairs), framework.dtype(s), tuple(s.shape))
+    return s, may
+
+
+def _scored(framework: Framework, result: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    """What a score_fn gave, checked."""
+    expected = f"a result of {dtype} and shape {shape}, those of score"
+    is_array = isinstance(result, framework.arrays)
+    if not is_array or framework.dtype(result) != dtype:
+        raise wrong(TypeError, "score_fn", expected, result,
+                     "Return score changed; convert what is added to it to its dtype.")  # fmt: skip
+    if tuple(result.shape) != shape:
+        raise wrong(ValueError, "score_fn", expected, result,
+                     "Return score changed, pair by pair: score + table[h, kv_index], for example.")  # fmt: skip
+    return result
+
+
+def _may(framework: Framework, result: Any, shape: tuple[int, ...]) -> Any:
+    """What a mask_fn gave, checked."""
+    expected = f"a result of bool, each axis 1 or full, against (b, h, i, j) = {shape}"
+    is_array = isinstance(result, framework.arrays)
+    if not is_array or framework.dtype(result) != "bool":
+        raise wrong(TypeError, "mask_fn", expected, result,
+                     "Compare, and combine with &, | and ~; what changes scores is a score_fn.")  # fmt: skip
+    if len(result.shape) != 4 or any(size not in (1, full) for size, full in zip(result.shape, shape, strict=True)):
+        raise wrong(ValueError, "mask_fn", expected, result,
+                     "Its arguments broadcast against each other; keep their axes.")  # fmt: skip
     return result
 
 

@@ -9,12 +9,14 @@ Float arrays are widened to float64 on entry, so that a bfloat16 value that trav
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from attend_shared import philox
+from attend_shared.functions import ScoreFn
 
 if TYPE_CHECKING:
     from attend_shared.cases import Problem
@@ -46,8 +48,8 @@ class Outcome(NamedTuple):
     Attributes:
         out: in the call's layout.
         lse: (b h i), or None where the problem does not ask for it.
-        gradients: of sum(out * out_cotangent) + sum(lse * lse_cotangent), by argument: q, k, v and, where given, bias
-            and sinks, each in the shape and layout of its argument.
+        gradients: of sum(out * out_cotangent) + sum(lse * lse_cotangent), by argument: q, k, v and, where given, bias,
+            sinks and the table of a score_fn, each in the shape and layout of its argument.
     """
 
     out: Floats
@@ -82,12 +84,15 @@ def attend(
     dropout: float = 0.0,
     dropout_seed: Any = None,
     layout: str = "bhnd",
+    score_fn: Callable[..., Any] | None = None,
+    mask_fn: Callable[..., Any] | None = None,
 ) -> Answer:
     """Attention by its definition, for every query t of every head of every batch item:
 
         u_j = scale * q_t . k_j
         s_j = softcap * tanh(u_j / softcap)                      if softcap is given, else u_j
         s_j = s_j + bias_tj                                      if bias is given
+        s_j = score_fn(s_j, b, h, t, j)                          if score_fn is given
         s_j = -inf                                               where the pair (t, j) is not allowed
         lse = log(sum_j exp(s_j) + exp(sink))                    natural logarithm; no sink is a sink of -inf
         p_j = exp(s_j - lse)                                     0 where lse is -inf
@@ -110,6 +115,9 @@ def attend(
         scale: any finite number, d ** -0.5 by default.
         dropout, dropout_seed: see `attend_shared.philox.keep_mask`.
         layout: "bhnd" or "bnhd".
+        score_fn: (score, b, h, q_index, kv_index) -> score, of a head at a time: score is (i j), b and h are ints,
+            q_index is (i 1) and kv_index (1 j). It is shown 0 for a pair that is not allowed.
+        mask_fn: (b, h, q_index, kv_index) -> bool, of integers (b 1 1 1), (1 h 1 1), (1 1 i 1), (1 1 1 j).
 
     Returns:
         Answer(out, lse, p).
@@ -131,6 +139,7 @@ def attend(
         q, k, v, mask, bias=bias, is_causal=is_causal, q_offset=q_offset, window_size=window_size,
         q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths,
         sinks=sinks, softcap=softcap, scale=scale, dropout=dropout, dropout_seed=dropout_seed, layout=layout,
+        score_fn=score_fn, mask_fn=mask_fn,
     )  # fmt: skip
     out = np.zeros((*call.q.shape[:3], call.v.shape[3]))
     lse = np.zeros(call.q.shape[:3])
@@ -153,6 +162,8 @@ def backward(
         delta = sum_j p_j dp_j
         ds_j  = p_j (dp_j - delta + dlse)                     s + e adds p_j (e_j - sum p e) to p_j, sum p e to lse
         dsink = sum_t exp(sink - lse) (dlse - delta)          the same for a key whose value is 0
+        dT_n  = sum ds_tj dscore_fn / dT_n                    over the pairs that read entry n of a score_fn's table T
+        ds_j  = ds_j dscore_fn / ds_j                         without a score_fn, as it is
         dbias = ds                                            summed over the axes that were broadcast
         du_j  = ds_j (1 - tanh(u_j / softcap)**2)             without a softcap, du = ds
         dq_t  = scale * sum_j du_j k_j
@@ -167,10 +178,12 @@ def backward(
         lse_cotangent: (b h i), or None for 0.
 
     Returns:
-        The gradients of q, k, v and, where given, bias and sinks, each in the shape and layout of its argument.
+        The gradients of q, k, v and, where given, bias, sinks and the table of a score_fn, each in the shape and layout
+        of its argument.
 
     Raises:
-        TypeError, ValueError: as in `attend`.
+        TypeError, ValueError: as in `attend`. A score_fn must be an `attend_shared.functions.ScoreFn`: its derivatives
+            are known.
 
     Example:
         >>> q = k = np.zeros((1, 1, 2, 3))
@@ -182,17 +195,22 @@ def backward(
     dout, dlse = _cotangents(call, out_cotangent, lse_cotangent)
     dq, dk, dv = np.zeros(call.q.shape), np.zeros(call.k.shape), np.zeros(call.v.shape)
     ds, dsinks = np.zeros(call.allowed.shape), np.zeros(call.sinks.shape)
+    dtable = np.zeros(_table_shape(call))
     for item, head in np.ndindex(call.q.shape[:2]):
         it = _forward(call, item, head)
         back = _backward(it, dout[item, head], dlse[item, head])
         ds[item, head] = it.p * (back.dp - back.delta + back.dlse)
+        if call.score_fn is not None:
+            bend = _read_table(call.score_fn, it, item, head, ds[item, head], dtable)
+            ds[item, head] *= bend
         du = ds[item, head] * it.slope
         dq[item, head] = call.scale * (du @ it.k)
         dk[item, call.reads(head)] += call.scale * (du.T @ it.q)
         dv[item, call.reads(head)] += (it.p * it.keep).T @ back.dout
         dsinks[head] += np.sum(it.p_sink * (back.dlse - back.delta))
     gradients = {name: _swap_axes(x, call.layout) for name, x in (("q", dq), ("k", dk), ("v", dv))}
-    return _of_given(call, gradients | {"bias": ds.sum(call.broadcast, keepdims=True), "sinks": dsinks})
+    gradients |= {"bias": ds.sum(call.broadcast, keepdims=True), "sinks": dsinks, "table": dtable}
+    return _of_given(call, gradients)
 
 
 def terms(
@@ -215,10 +233,12 @@ def terms(
                 rounding is not averaged out over them
         dk_j  = |scale| max_t du_j |q_t|
         dv_j  = max_t p_j keep_tj / (1 - dropout) |dout_t|
+        dT    = sqrt(sum (ds |dscore_fn / dT|)**2)          with a score_fn, and then
+        ds_j  = ds_j |dscore_fn / ds_j|                     each by its largest term, where it is a sum
         dbias = sqrt(sum ds**2), dsink = sqrt(sum_t (exp(sink - lse) max(|delta|, |dlse|))**2): one number may stand for
                 thousands of terms here, and this is the size that their partial sums have
-        lse_t = max_j p_j max(|u_j|, |bias_tj|), and at least 1 where more than one exponential is summed: the logarithm
-                turns the relative error of their sum into an absolute one
+        lse_t = max_j p_j max(|u_j|, |bias_tj|), |s_j| too with a score_fn, and at least 1 where more than one
+                exponential is summed: the logarithm turns the relative error of their sum into an absolute one
 
     Args:
         arguments, out_cotangent, lse_cotangent, keywords: as in `backward`.
@@ -240,22 +260,32 @@ def terms(
     b, h, i, j = call.allowed.shape
     ds, dsinks, lse = np.zeros((b, h, i, j)), np.zeros(h), np.zeros((b, h, i))
     dq, dk, dv = np.zeros((2, b, h, i)), np.zeros((2, b, call.k.shape[1], j)), np.zeros((2, b, call.k.shape[1], j))
+    dtable = np.zeros(_table_shape(call))
     for item, head in np.ndindex(b, h):
         it, group = _forward(call, item, head), call.reads(head)
         back = _backward(it, dout[item, head], dlse[item, head])
         rest = np.maximum(np.abs(back.delta), np.abs(back.dlse))
         ds[item, head] = it.p * np.maximum(np.abs(back.dp), rest)
+        bend = np.ones_like(it.u)
+        if call.score_fn is not None:
+            pairs = it.scored, item, head, *_indices(it.scored)
+            bend, factor = call.score_fn.terms(*pairs)
+            np.add.at(dtable.reshape(-1), call.score_fn.entries(*pairs)[0], (ds[item, head] * factor) ** 2)
+            ds[item, head] *= bend
         du = abs(call.scale) * ds[item, head] * np.maximum(it.slope, finer)  # the slope is 1 without a softcap
-        by_delta = np.abs(call.scale * back.delta * ((it.p * it.slope) @ it.k))  # (i d)
+        by_delta = np.abs(call.scale * back.delta * ((it.p * bend * it.slope) @ it.k))  # (i d)
         dq[:, item, head] = np.maximum(_largest_terms(du, it.k), (by_delta.max(axis=1), by_delta.mean(axis=1)))
         dk[:, item, group] = np.maximum(dk[:, item, group], _largest_terms(du.T, it.q))
         dv[:, item, group] = np.maximum(dv[:, item, group], _largest_terms((it.p * it.keep).T, back.dout))
         dsinks[head] = np.hypot(dsinks[head], np.linalg.norm(it.p_sink * rest))
         logits = np.where(it.allowed, np.maximum(np.abs(it.u), np.abs(call.bias[item, head])), 0.0)
+        if call.score_fn is not None:
+            logits = np.where(it.allowed, np.maximum(logits, np.abs(it.s)), 0.0)
         several = np.sum(it.p > 0, axis=1) + np.sum(it.p_sink > 0, axis=1) > 1
         lse[item, head] = np.maximum(np.max(it.p * logits, axis=1, initial=0.0), several)
     ds = np.sqrt(np.sum(ds**2, axis=call.broadcast, keepdims=True))
-    sizes = {"lse": _size(lse, lse), "q": _size(*dq), "k": _size(*dk), "v": _size(*dv)}
+    dtable = np.sqrt(dtable)
+    sizes = {"lse": _size(lse, lse), "q": _size(*dq), "k": _size(*dk), "v": _size(*dv), "table": _size(dtable, dtable)}
     return _of_given(call, sizes | {"bias": _size(ds, ds), "sinks": _size(dsinks, dsinks)})
 
 
@@ -300,6 +330,7 @@ class _Call(NamedTuple):
     scale: float
     softcap: float | None
     layout: str
+    score_fn: Any
 
     def reads(self, head: int) -> int:
         """The key/value head that a query head reads."""
@@ -320,6 +351,8 @@ class _Forward(NamedTuple):
     allowed: Bools  # (i j)
     keep: Floats  # (i j)
     u: Floats  # (i j), scale * q . k
+    scored: Floats  # (i j), with softcap and bias, as score_fn is shown it: 0 where not allowed
+    s: Floats  # (i j), the logits
     slope: Floats  # (i j), the derivative of the softcap at u
     lse: Floats  # (i,)
     p: Floats  # (i j)
@@ -349,7 +382,9 @@ def _forward(call: _Call, item: int, head: int) -> _Forward:
         capped = call.softcap * np.tanh(u / call.softcap)
         with np.errstate(over="ignore"):
             slope = np.cosh(u / call.softcap) ** -2.0  # 1 - tanh**2, without its cancellation
-    logits = np.where(ok, capped + call.bias[item, head], -np.inf)
+    scored = np.where(ok, capped + call.bias[item, head], 0.0)
+    logits = scored if call.score_fn is None else call.score_fn(scored, item, head, *_indices(scored))
+    logits = np.where(ok, logits, -np.inf)
     sink = np.full((len(q), 1), call.sinks[head])
     # lse = shift + log(total) and p = exp(s - lse) = exp(s - shift) / total. With the row's largest logit for a shift
     # nothing overflows, and p is right even where lse is so large that log(total) is lost in it.
@@ -360,7 +395,31 @@ def _forward(call: _Call, item: int, head: int) -> _Forward:
     with np.errstate(divide="ignore"):
         lse = (shift + np.log(total))[:, 0]
     total = np.where(total == 0.0, 1.0, total)
-    return _Forward(q, k, v, ok, keep, u, slope, lse, weight / total, weight_sink / total)
+    return _Forward(q, k, v, ok, keep, u, scored, logits, slope, lse, weight / total, weight_sink / total)
+
+
+def _indices(x: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """The queries (i 1) and the keys (1 j) of a head."""
+    query, key = np.ogrid[: x.shape[0], : x.shape[1]]
+    return query, key
+
+
+def _table_shape(call: _Call) -> tuple[int, ...]:
+    """Of the table of the call's score_fn; without one ()."""
+    if call.score_fn is None:
+        return ()
+    if not isinstance(call.score_fn, ScoreFn):
+        kind = type(call.score_fn).__name__
+        raise TypeError(f"score_fn: expected a ScoreFn, whose derivatives are known; got {kind}")
+    return call.score_fn.table.shape
+
+
+def _read_table(score_fn: ScoreFn, it: _Forward, item: int, head: int, ds: Floats, table: Floats) -> Floats:
+    """Add to `table` what every pair gives to the entry that it reads. Returns dscore_fn / ds (i j)."""
+    pairs = it.scored, item, head, *_indices(it.scored)
+    entry, factor = score_fn.entries(*pairs)
+    np.add.at(table.reshape(-1), entry, ds * factor)
+    return score_fn.slope(*pairs)
 
 
 def _backward(it: _Forward, dout: Floats, dlse: Floats) -> _Backward:
@@ -401,6 +460,8 @@ def _read(
     dropout: float = 0.0,
     dropout_seed: Any = None,
     layout: str = "bhnd",
+    score_fn: Callable[..., Any] | None = None,
+    mask_fn: Callable[..., Any] | None = None,
 ) -> _Call:
     """Bring the arguments of `attend` into one form."""
     if layout not in ("bhnd", "bnhd"):
@@ -440,6 +501,8 @@ def _read(
         ok &= np.arange(i)[:, None] < np.asarray(q_lengths)[:, None, None, None]
     if kv_lengths is not None:
         ok &= np.arange(j) < np.asarray(kv_lengths)[:, None, None, None]
+    if mask_fn is not None:
+        ok &= mask_fn(*np.ogrid[:b, :h, :i, :j])
     if dropout and dropout_seed is None:
         raise ValueError("dropout_seed: expected a seed where dropout > 0; got None")
     keep = philox.keep_mask(dropout_seed, ok.shape, dropout) / (1 - dropout) if dropout else np.ones(ok.shape)
@@ -453,6 +516,7 @@ def _read(
         scale=d**-0.5 if scale is None else float(scale),
         softcap=softcap,
         layout=layout,
+        score_fn=score_fn,
     )  # fmt: skip
 
 
@@ -486,6 +550,6 @@ def _swap_axes(x: NDArray[Any], layout: str) -> NDArray[Any]:
 
 
 def _of_given(call: _Call, found: dict[str, _T]) -> dict[str, _T]:
-    """Without bias and sinks where the call has none."""
-    given = {"bias": call.bias_shape is not None, "sinks": call.has_sinks}
+    """Without bias, sinks and a table where the call has none."""
+    given = {"bias": call.bias_shape is not None, "sinks": call.has_sinks, "table": call.score_fn is not None}
     return {name: x for name, x in found.items() if given.get(name, True)}

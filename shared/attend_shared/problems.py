@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from attend_shared import oracle
 from attend_shared.dtypes import LARGEST, accumulation, round_to
 from attend_shared.factors import EDGES, SIZES
+from attend_shared.functions import MaskFn, ScoreFn
 
 __all__ = ["Problem", "build", "excluded_keys", "idle_rules"]
 
@@ -32,6 +33,7 @@ _RULES = (
     ("q_segment_ids", "kv_segment_ids"),
     ("q_lengths",),
     ("kv_lengths",),
+    ("mask_fn",),
 )
 
 
@@ -41,7 +43,8 @@ class Problem(NamedTuple):
     Attributes:
         arguments: keywords of `attend`; what is absent has its default. Floating-point arrays as `attend_shared.dtypes`
             says, rounded to their dtype; masks bool; ids and lengths integers; q, k and v in the call's layout.
-        dtypes: the dtype's name for q, k, v and, where given, bias and sinks.
+        dtypes: the dtype's name for q, k, v and, where given, bias, sinks and "table", which is what a score_fn
+            captures. A score_fn and a mask_fn are those of `attend_shared.functions`.
         out_cotangent: shape and layout of out, rounded to q's dtype.
         lse_cotangent: (b, h, i), or None where the call does not ask for lse.
         memory: how q, k and v should lie there: "contiguous"; "strided", every second row of a larger block;
@@ -87,7 +90,7 @@ def build(name: str, levels: Mapping[str, str]) -> Problem:
     # Drawn again, a few times, while something that should rule out pairs rules out none that the rest leaves.
     draws = (arguments | _ruling(setting._replace(attempt=attempt), dtypes) for attempt in range(_ATTEMPTS))
     arguments = _first_busy(draws, 1 if levels["shape"] in EDGES else _ATTEMPTS)
-    arguments |= _sinks(setting, dtypes)
+    arguments |= _sinks(setting, dtypes) | _score_fn(setting, dtypes)
     arguments |= _options(setting)
 
     rng = setting.rng("cotangents")
@@ -199,7 +202,7 @@ class _Setting(NamedTuple):
 
 def _ruling(s: _Setting, dtypes: dict[str, str]) -> dict[str, Any]:
     """What rules pairs out, but for positions."""
-    return _mask(s) | _bias(s, dtypes) | _segments(s) | _lengths(s)
+    return _mask(s) | _bias(s, dtypes) | _segments(s) | _lengths(s) | _mask_fn(s)
 
 
 def _offset(level: str, b: int, i: int, j: int) -> int | NDArray[np.int32] | None:
@@ -428,6 +431,50 @@ def _sinks(s: _Setting, dtypes: dict[str, str]) -> dict[str, Any]:
     if level == "sinks_inf":
         sinks[1] = -np.inf
     return {"sinks": round_to(sinks, dtypes["sinks"])}
+
+
+def _score_fn(s: _Setting, dtypes: dict[str, str]) -> dict[str, Any]:
+    """Its table is in the accumulation dtype: sums over all the pairs that read an entry are made in it."""
+    kind, rng = s.levels["score_fn"].removeprefix("score_"), s.rng("score_fn")
+    if kind == "none":
+        return {}
+    dtypes["table"] = accumulation(s.dtype)
+    reach = max(1, min(s.i, s.j) // 2)
+    table = {
+        "relative": lambda: rng.standard_normal((s.h, 2 * reach + 1)),
+        "alibi": lambda: 2.0 ** -rng.uniform(1, 6, s.h),
+        "temperature": lambda: rng.uniform(0.5, 1.5, (s.b, s.h)),
+        "bound": lambda: 1 / rng.uniform(2, 6, s.h),
+    }[kind]()
+    return {"score_fn": ScoreFn(kind, round_to(table, dtypes["table"]))}
+
+
+def _mask_fn(s: _Setting) -> dict[str, Any]:
+    kind, rng = s.levels["mask_fn"].removeprefix("rule_"), s.rng("mask_fn")
+    length = max(s.i, s.j)
+    match kind:
+        case "document":
+            table = rng.integers(0, 3, (s.b, length))
+            if s.keys:
+                table[0, list(s.keys)] = table[0, s.row]
+        case "near":
+            table = rng.integers(max(1, length // 4), max(2, length // 2), s.h)
+            table[:] = np.maximum(table, max((abs(key - s.row) for key in s.keys), default=0))
+        case "prefix":
+            table = rng.integers(0, max(1, s.j // 2), s.b)
+            table[:1] = np.maximum(table[:1], max(s.keys, default=-1) + 1)
+        case "rows":
+            alive = rng.random((s.b, length)) < 0.75
+            for item in range(s.b):
+                row = s.other_row(item, rng)
+                if row is not None:
+                    alive[item, row] = False
+            if s.keys:
+                alive[0, s.row] = True
+            return {"mask_fn": MaskFn(kind, alive)}
+        case _:
+            return {}
+    return {"mask_fn": MaskFn(kind, table.astype(np.int32))}
 
 
 def _options(s: _Setting) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attend_shared import dtypes, oracle, philox
+from attend_shared.functions import ScoreFn
 from attend_shared.oracle import Outcome
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def evaluate(problem: Problem, order: int = 0) -> Outcome:
         order: of summation: 0 as terms come, 1 backwards, every other number a shuffle of its own.
 
     Returns:
-        out and the gradients of q, k, v in the dtype of q, those of bias and sinks in theirs, lse in the accumulation
-        dtype.
+        out and the gradients of q, k, v in the dtype of q, those of bias, sinks and a score_fn's table in theirs, lse
+        in the accumulation dtype.
 
     Example:
         >>> from types import SimpleNamespace
@@ -82,6 +83,11 @@ def evaluate(problem: Problem, order: int = 0) -> Outcome:
     if given.get("bias") is not None:
         bias = dtypes.round_to(given["bias"], work.name)
         s = s + np.broadcast_to(bias, pairs.shape).reshape(ok.shape)
+    score_fn = given.get("score_fn")
+    if score_fn is not None:
+        score_fn = ScoreFn(score_fn.kind, score_fn.table.astype(work))
+        scored = np.where(pairs, s.reshape(pairs.shape), 0), *np.ogrid[:b, :h, :i, :j]
+        s = score_fn(*scored).reshape(ok.shape)
     s = np.where(ok, s, -np.inf)
     sinks = (
         np.full(h, -np.inf, dtype=work) if given.get("sinks") is None else dtypes.round_to(given["sinks"], work.name)
@@ -114,6 +120,11 @@ def evaluate(problem: Problem, order: int = 0) -> Outcome:
     dlse = np.where(lse == -np.inf, 0, np.asarray(dlse, dtype=work).reshape(lse.shape))
     delta = _sum(p * dp, (4,), order)
     ds = p * (dp - delta + dlse)
+    if score_fn is not None:
+        entry, factor = score_fn.entries(*scored)
+        ds_pairs = ds.reshape(pairs.shape)
+        gradient["table"] = _scatter(ds_pairs * factor, entry, score_fn.table, order)
+        ds = (ds_pairs * score_fn.slope(*scored)).reshape(ok.shape)
     if given.get("bias") is not None:
         broadcast = tuple(axis for axis, size in enumerate(bias.shape) if size == 1)
         gradient["bias"] = _sum(ds.reshape(pairs.shape), broadcast, order)
@@ -158,6 +169,13 @@ def _sum(x: Array, axes: tuple[int, ...], order: int) -> Array:
     if flat.size:
         total = np.add.accumulate(flat[..., _order(flat.shape[-1], order)], axis=-1)[..., -1]
     return total.reshape([1 if axis in axes else size for axis, size in enumerate(x.shape)])
+
+
+def _scatter(x: Array, entry: NDArray[np.intp], like: Array, order: int) -> Array:
+    """What is added up at each entry, one term at a time."""
+    total, at = np.zeros(like.size, dtype=x.dtype), _order(x.size, order)
+    np.add.at(total, entry.reshape(-1)[at], x.reshape(-1)[at])
+    return total.reshape(like.shape)
 
 
 def _tanh(x: Array) -> Array:

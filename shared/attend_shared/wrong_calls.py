@@ -1,8 +1,9 @@
 """Calls that must raise, as data: the same exception with the same words in both frameworks.
 
-`WRONG_CALLS` are calls of `attend`, `WRONG_USES` those of `Attend`, `merge` and the converters. A text here is the
-whole message. Arguments are NumPy; a framework turns arrays into its own. What is wrong in one framework only, or names
-a device, stands in the tests.
+`WRONG_CALLS` are calls of `attend`, `WRONG_USES` those of `Attend`, `merge` and the converters. `WRONG_RESULTS` are
+calls of `attend` in which what a function gives is wrong: that is found where the function is called, and `explain`
+calls none. A text here is the whole message. Arguments are NumPy; a framework turns arrays into its own. What is wrong
+in one framework only, or names a device, stands in the tests.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ import numpy as np
 
 from attend_shared.call import NAMES
 
-__all__ = ["ORDER", "WRONG_CALLS", "WRONG_USES", "WrongCall", "right_call"]
+__all__ = ["ORDER", "WRONG_CALLS", "WRONG_RESULTS", "WRONG_USES", "WrongCall", "right_call"]
 
 ORDER = (
     "layout", "q", "k", "v", "is_causal", "window_size", "scale", "softcap", "dropout", "return_lse", "implementation",
-    "mask", "bias", "q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "dropout_seed",
+    "score_fn", "mask_fn", "mask", "bias", "q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths",
+    "sinks", "dropout_seed",
 )  # fmt: skip
 """The arguments of `attend` in the order in which they are checked: of two wrong ones the first is named."""
 
@@ -397,6 +399,30 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         lambda: right_call(implementation={"einsum"}),
     ),
     WrongCall(
+        "score_fn an array", TypeError,
+        "score_fn: expected None, or a function (score, b, h, q_index, kv_index) of scores, got float32 of shape "
+        "(1, 4, 6, 6). An array of what is added to scores is bias=.",
+        lambda: right_call(score_fn=_f(1, 4, 6, 6)),
+    ),
+    WrongCall(
+        "score_fn a name", TypeError,
+        "score_fn: expected None, or a function (score, b, h, q_index, kv_index) of scores, got str 'alibi'. An array "
+        "of what is added to scores is bias=.",
+        lambda: right_call(score_fn="alibi"),
+    ),
+    WrongCall(
+        "mask_fn an array", TypeError,
+        "mask_fn: expected None, or a function (b, h, q_index, kv_index) of bool, got bool of shape (1, 1, 6, 6). An "
+        "array of which pairs are allowed is mask=.",
+        lambda: right_call(mask_fn=_t(1, 1, 6, 6)),
+    ),
+    WrongCall(
+        "score_fn wrong, mask too", TypeError,
+        "score_fn: expected None, or a function (score, b, h, q_index, kv_index) of scores, got bool True. An array of "
+        "what is added to scores is bias=.",
+        lambda: right_call(score_fn=True, mask_fn=True, mask=_f(2, 6)),
+    ),
+    WrongCall(
         "mask float", TypeError,
         "mask: expected bool, where True means may attend, got float32 of shape (2, 1, 6, 6). Pass additive "
         "scores (0 and -inf, ALiBi) as bias=, and integers as mask != 0.",
@@ -703,6 +729,63 @@ WRONG_CALLS: tuple[WrongCall, ...] = (
         "dropout_seed: expected an int in [0, 2**64) or a uint32 array (2,) = (low, high), got uint32 of shape "
         "(4,). Split a 64-bit seed as (seed % 2**32, seed // 2**32); convert.seed_from_key takes a JAX key.",
         lambda: right_call(dropout_seed=_u(4)),
+    ),
+)  # fmt: skip
+
+WRONG_RESULTS: tuple[WrongCall, ...] = (
+    WrongCall(
+        "score_fn gives nothing", TypeError,
+        "score_fn: expected a result of float32 and shape (2, 4, 6, 6), those of score, got None. Return score "
+        "changed; convert what is added to it to its dtype.",
+        lambda: right_call(score_fn=lambda score, b, h, q_index, kv_index: None),
+    ),
+    WrongCall(
+        "score_fn gives a number", TypeError,
+        "score_fn: expected a result of float32 and shape (2, 4, 6, 6), those of score, got float 0.5. Return score "
+        "changed; convert what is added to it to its dtype.",
+        lambda: right_call(score_fn=lambda score, b, h, q_index, kv_index: 0.5),
+    ),
+    WrongCall(
+        "score_fn gives bool", TypeError,
+        "score_fn: expected a result of float32 and shape (2, 4, 6, 6), those of score, got bool of shape (2, 4, 6, "
+        "6). Return score changed; convert what is added to it to its dtype.",
+        lambda: right_call(score_fn=lambda score, b, h, q_index, kv_index: score > kv_index),
+    ),
+    WrongCall(
+        "score_fn forgets the score", ValueError,
+        "score_fn: expected a result of float32 and shape (2, 4, 6, 6), those of score, got float32 of shape "
+        "(1, 1, 6, 6). Return score changed, pair by pair: score + table[h, kv_index], for example.",
+        lambda: right_call(score_fn=lambda score, b, h, q_index, kv_index: 0.5 * (kv_index - q_index)),
+    ),
+    WrongCall(
+        "score_fn drops keys", ValueError,
+        "score_fn: expected a result of float32 and shape (2, 4, 6, 6), those of score, got float32 of shape "
+        "(2, 4, 6, 3). Return score changed, pair by pair: score + table[h, kv_index], for example.",
+        lambda: right_call(score_fn=lambda score, b, h, q_index, kv_index: score[..., ::2]),
+    ),
+    WrongCall(
+        "mask_fn gives a bool of Python", TypeError,
+        "mask_fn: expected a result of bool, each axis 1 or full, against (b, h, i, j) = (2, 4, 6, 6), got bool True. "
+        "Compare, and combine with &, | and ~; what changes scores is a score_fn.",
+        lambda: right_call(mask_fn=lambda b, h, q_index, kv_index: True),
+    ),
+    WrongCall(
+        "mask_fn gives floats", TypeError,
+        "mask_fn: expected a result of bool, each axis 1 or full, against (b, h, i, j) = (2, 4, 6, 6), got float32 of "
+        "shape (1, 1, 6, 6). Compare, and combine with &, | and ~; what changes scores is a score_fn.",
+        lambda: right_call(mask_fn=lambda b, h, q_index, kv_index: (q_index >= kv_index) * 1.0),
+    ),
+    WrongCall(
+        "mask_fn gives rank 2", ValueError,
+        "mask_fn: expected a result of bool, each axis 1 or full, against (b, h, i, j) = (2, 4, 6, 6), got bool of "
+        "shape (6, 6). Its arguments broadcast against each other; keep their axes.",
+        lambda: right_call(mask_fn=lambda b, h, q_index, kv_index: (q_index >= kv_index)[0, 0]),
+    ),
+    WrongCall(
+        "mask_fn gives other keys", ValueError,
+        "mask_fn: expected a result of bool, each axis 1 or full, against (b, h, i, j) = (2, 4, 6, 6), got bool of "
+        "shape (1, 1, 1, 3). Its arguments broadcast against each other; keep their axes.",
+        lambda: right_call(mask_fn=lambda b, h, q_index, kv_index: (kv_index > 1)[..., ::2]),
     ),
 )  # fmt: skip
 

@@ -1,0 +1,378 @@
+"""What a call launches: kernels, grids, numbers and outputs as data, so that torch and JAX launch the same.
+
+A plan is a list of `Launch`. A framework keeps a dictionary of arrays by name, runs the launches in order, and puts
+each one's outputs into the dictionary. Names of inputs are those of `Inputs` and of earlier outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from attend_shared.call import FAR, Call
+from attend_shared.philox import threshold
+
+LOG2E = math.log2(math.e)
+Strides = tuple[int, ...]
+
+
+class Output(NamedTuple):
+    """An array that a launch writes whole.
+
+    Attributes:
+        name: in the dictionary of arrays.
+        shape: contiguous.
+        dtype: its plain name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel of `attention`: kernel[grid](*inputs, *numbers, *outputs, **constants).
+
+    Attributes:
+        kernel: its name.
+        grid: how many programs along each axis.
+        inputs: names of arrays; None where the call has no such array, and any will do.
+        numbers: ints and floats (float32).
+        outputs: what it writes.
+        constants: what is fixed when it is compiled.
+        warps, stages: num_warps and num_stages.
+    """
+
+    kernel: str
+    grid: tuple[int, int, int]
+    inputs: tuple[str | None, ...]
+    numbers: tuple[int | float, ...]
+    outputs: tuple[Output, ...]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+
+
+class Layout(NamedTuple):
+    """How the arrays of a call lie in memory: strides in elements, by the canonical axes, the last of q, k, v being 1.
+
+    Attributes:
+        q, k, v: (b, h, n).
+        mask, bias: (b, h, i, j), 0 where an axis is 1; or None.
+        offset: 0 where q_offset is a number (`at`), 1 where it is an array (), 2 where it is (b,).
+        at: q_offset where it is a number.
+        one_id: whether q_segment_ids and kv_segment_ids are the same array.
+    """
+
+    q: Strides
+    k: Strides
+    v: Strides
+    mask: Strides | None = None
+    bias: Strides | None = None
+    offset: int = 0
+    at: int = 0
+    one_id: bool = False
+
+
+class Tile(NamedTuple):
+    """Sizes of a kernel's blocks, of queries and of keys, with its warps and stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Whether Triton's interpreter runs the kernels, on a CPU; Triton looks once, when it is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+SMALL_TILES = Tile(16, 16, 1, 1), Tile(64, 64, 1, 1)  # there: many blocks, but not too many
+TILES: dict[tuple[str, int, int], Tile] = {
+    # (kernel, bytes of an element, the larger of d and dv, padded)
+    ("forward", 2, 64): Tile(64, 64, 4, 3),
+    ("forward", 2, 128): Tile(64, 64, 4, 3),
+    ("forward", 2, 256): Tile(128, 32, 8, 2),
+    ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
+    ("query_gradients", 2, 128): Tile(64, 64, 4, 2),
+    ("query_gradients", 2, 256): Tile(64, 32, 8, 1),
+    ("key_gradients", 2, 64): Tile(64, 64, 4, 3),
+    ("key_gradients", 2, 128): Tile(64, 128, 8, 2),
+    ("key_gradients", 2, 256): Tile(32, 64, 8, 1),
+    ("bias_gradients", 2, 64): Tile(64, 64, 4, 2),
+    ("bias_gradients", 2, 128): Tile(64, 64, 8, 2),
+    ("bias_gradients", 2, 256): Tile(64, 32, 8, 1),
+    ("forward", 4, 64): Tile(64, 32, 4, 2),
+    ("forward", 4, 128): Tile(32, 32, 4, 2),
+    ("forward", 4, 256): Tile(32, 16, 4, 1),
+    ("query_gradients", 4, 64): Tile(32, 32, 4, 2),
+    ("query_gradients", 4, 128): Tile(32, 32, 4, 1),
+    ("query_gradients", 4, 256): Tile(16, 16, 4, 1),
+    ("key_gradients", 4, 64): Tile(32, 32, 4, 2),
+    ("key_gradients", 4, 128): Tile(32, 32, 4, 1),
+    ("key_gradients", 4, 256): Tile(16, 16, 4, 1),
+    ("bias_gradients", 4, 64): Tile(32, 32, 4, 2),
+    ("bias_gradients", 4, 128): Tile(32, 32, 4, 1),
+    ("bias_gradients", 4, 256): Tile(16, 16, 4, 1),
+}
+ROWS = 64  # at a time, in row_sums
+MANY = 256  # at a time, in sum_sinks, overlaps and list_blocks
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernels cannot serve this call on any device, or None."""
+    if call.dtype == "float64":
+        return "it has no float64"
+    if max(call.d, call.dv) > 256:
+        return "it takes head sizes of up to 256"
+    return None
+
+
+def tile(kernel: str, call: Call) -> Tile:
+    """The sizes of a kernel's blocks for a call."""
+    if INTERPRETED:
+        return SMALL_TILES[call.i * call.j > 64**2]
+    return TILES[kernel, 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))]
+
+
+def _padded(n: int) -> int:
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _exact(call: Call) -> bool:
+    """Whether a gradient may be finer than out is, so that the way back needs it as it was before it was rounded."""
+    return call.dtype != "float32" and any(name not in (None, call.dtype) for name in (call.bias_dtype, call.sinks))
+
+
+class Ahead(NamedTuple):
+    """What the launches of a call share.
+
+    Attributes:
+        group: rows or keys for which a range of segment ids is known.
+        ranged: whether segments bound what is visited.
+        searched: whether keys whose segment no query has are looked for.
+        listed: whether only listed blocks of keys are visited.
+    """
+
+    group: int
+    ranged: bool
+    searched: bool
+    listed: bool
+
+
+def _ahead(call: Call, layout: Layout) -> Ahead:
+    sizes = [tile(name, call) for name in ("forward", "query_gradients", "key_gradients")]
+    searched = call.segments and (not layout.one_id or call.q_lengths)
+    group = min(size for each in sizes for size in each[:2])
+    return Ahead(group, call.segments, searched, searched or call.key_masked)
+
+
+def _bounds(call: Call, layout: Layout, ahead: Ahead, size: int, back: bool) -> list[Launch]:
+    """The launches that find out what is not visited, blocks of keys having this size; on the way back for keys too."""
+    if not (ahead.ranged or ahead.listed):
+        return []
+    b, g = call.b, ahead.group
+    rows, keys = _cdiv(call.i, g), _cdiv(call.j, g)
+    lengths = {"Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths}
+    q_lengths = "q_lengths" if call.q_lengths else None
+    kv_lengths = "kv_lengths" if call.kv_lengths else None
+    ids_of = ("q_segment_ids", "kv_segment_ids") if call.segments else (None, None)
+    ids = "int64"
+    launches = []
+    if ahead.ranged:
+        launches.append(Launch(
+            "query_ranges", (rows, b, 1), ("q_segment_ids", q_lengths), (call.i,),
+            (Output("q_low", (b, rows), ids), Output("q_high", (b, rows), ids)),
+            {"Q_LENGTHS": call.q_lengths, "G": g}, 4, 1,
+        ))  # fmt: skip
+    mask = layout.mask if call.key_masked and layout.mask is not None else (0, 0, 0, 0)
+    q_ranges = ("q_low", "q_high") if ahead.ranged else (None, None)
+    launches.append(Launch(
+        "key_ranges", (keys, b, 1),
+        ("mask" if call.key_masked else None, *ids_of, q_lengths, kv_lengths, *q_ranges),
+        (call.i, call.j, mask[0], mask[3]),
+        (Output("alive", (b, call.j), "uint8"), Output("live", (b, keys), "int32"),
+         Output("k_low", (b, keys), ids), Output("k_high", (b, keys), ids)),
+        {"MASK": call.key_masked, "SEGMENTS": call.segments, "SEARCH": ahead.searched, **lengths, "G": g}, 4, 1,
+    ))  # fmt: skip
+    if ahead.ranged:
+        for name, ours, others, at in (("keys", "q", "k", rows), ("queries", "k", "q", keys))[: 1 + back]:
+            launches.append(Launch(
+                "overlaps", (at, b, 1), (f"{ours}_low", f"{ours}_high", f"{others}_low", f"{others}_high"),
+                (keys if name == "keys" else rows,),
+                (Output(f"{name}_from", (b, at), "int32"), Output(f"{name}_to", (b, at), "int32")),
+                {"BLOCK": MANY}, 4, 1,
+            ))  # fmt: skip
+    if ahead.listed:
+        blocks = _cdiv(call.j, size)
+        launches.append(Launch(
+            "list_blocks", (b, 1, 1), ("live",), (keys, blocks),
+            (Output("listed", (b, blocks), "int32"), Output("before", (b, blocks + 1), "int32")),
+            {"RATIO": size // g, "BLOCK": MANY}, 4, 1,
+        ))  # fmt: skip
+    return launches
+
+
+class Plan(NamedTuple):
+    """The launches of a way forward and of a way back.
+
+    Attributes:
+        forward: gives "out", "lse", and what the way back takes of it: "top", "inverse" and "exact".
+        backward: takes all those, "dout" and "dlse", and gives "dq", "dk", "dv", and "dbias" and "dsinks" where asked
+            for; a function of the strides of dout, and of whether dbias is wanted and whether there is a dlse.
+    """
+
+    forward: tuple[Launch, ...]
+    backward: Callable[[Strides, bool, bool], tuple[Launch, ...]]
+
+
+@lru_cache(maxsize=4096)
+def plan(call: Call, layout: Layout) -> Plan:
+    """What a call launches.
+
+    Args:
+        call: canonical, none of b, i and j 0; float16, bfloat16 or float32; d and dv at most 256.
+        layout: how its arrays lie.
+    """
+    ahead = _ahead(call, layout)
+    forward_tile = tile("forward", call)
+    bounds = _bounds(call, layout, ahead, forward_tile.keys, False)
+    shared = _Shared(call, layout, ahead)
+    b, h, i = call.b, call.h, call.i
+    blocks = _cdiv(i, forward_tile.queries)
+    exact = _exact(call)
+    constants = shared.constants(forward_tile, call.j % forward_tile.keys == 0 and not call.kv_lengths)
+    forward = Launch(
+        "forward", (blocks, b * h, 1),
+        (*shared.inputs[:11], "sinks" if call.sinks else None, shared.seed, *shared.lists),
+        (h, i, call.j, *shared.qkv, *shared.pairs, *shared.rest),
+        (Output("out", (b, i, h, call.dv) if shared.bnhd else (b, h, i, call.dv), call.dtype),
+         *(Output(name, (b, h, i), "float32") for name in ("lse", "top", "inverse")),
+         Output("exact", ((b, i, h, call.dv) if shared.bnhd else (b, h, i, call.dv)) if exact else (b, 1), "float32")),
+        constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed, "SINKS": call.sinks is not None,
+                     "POSITIVE": call.scale > 0, "EXACT": exact},
+        forward_tile.warps, forward_tile.stages,
+    )  # fmt: skip
+    @lru_cache(maxsize=64)
+    def backward(dout: Strides, wants_bias: bool, has_dlse: bool) -> tuple[Launch, ...]:
+        return _backward(call, layout, ahead, shared, dout, wants_bias, has_dlse)
+
+    return Plan((*bounds, forward), backward)
+
+
+class _Shared:
+    """Arguments that the kernels have in common."""
+
+    def __init__(self, call: Call, layout: Layout, ahead: Ahead) -> None:
+        self.call, self.layout, self.ahead = call, layout, ahead
+        self.bnhd = call.layout == "bnhd"
+        self.base2 = call.bias is None and call.sinks is None  # there numbers may be as low as they go
+        log2e = LOG2E if self.base2 else 1.0
+        self.factor = call.scale * log2e if call.softcap is None else call.scale / call.softcap
+        self.cap = 0.0 if call.softcap is None else call.softcap * log2e
+        self.kept = 1 / (1 - call.dropout)
+        self.seed = "dropout_seed" if call.dropout else None
+        self.inputs = (
+            "q", "k", "v", "mask" if self.dense_mask else None, "bias" if call.bias else None,
+            "alive" if ahead.listed else None, "q_segment_ids" if call.segments else None,
+            "kv_segment_ids" if call.segments else None, "q_lengths" if call.q_lengths else None,
+            "kv_lengths" if call.kv_lengths else None, "q_offset" if layout.offset else None,
+        )  # fmt: skip
+        self.unit = 8 if all(x % 8 == 0 for x in (*layout.q, *layout.k, *layout.v)) else 1
+        self.qkv = tuple(x // self.unit for x in (*layout.q, *layout.k, *layout.v))
+        none = (0, 0, 0, 0)
+        self.pairs = (*(layout.mask if self.dense_mask and layout.mask else none), *(layout.bias or none), call.j)
+        left, right = (0 if x is None else min(x, 2 * FAR) for x in (call.left, call.right))
+        at = {"zero": 0, "end": call.j - call.i, "data": layout.at}[call.offset]
+        at = max(-FAR, min(FAR, at))
+        self.rest = (at, left, right, self.factor, self.cap, self.kept)
+
+    @property
+    def dense_mask(self) -> bool:
+        """Whether there is a mask that is more than a key mask."""
+        return self.call.mask is not None and not self.call.key_masked
+
+    @property
+    def lists(self) -> tuple[str | None, ...]:
+        """What says which blocks of keys are visited."""
+        listed = ("listed", "before") if self.ahead.listed else (None, None)
+        return *listed, *(("keys_from", "keys_to") if self.ahead.ranged else (None, None))
+
+    def constants(self, size: Tile, even: bool) -> dict[str, Any]:
+        """But for those that not all of the larger kernels have."""
+        call = self.call
+        return {
+            "GROUP": call.h // call.hk, "D": call.d, "DV": call.dv, "BD": _padded(call.d), "BDV": _padded(call.dv),
+            "BM": size.queries, "BN": size.keys, "G": self.ahead.group, "UNIT": self.unit,
+            "LEFT": call.left is not None, "RIGHT": call.right is not None, "OFFSET": self.layout.offset,
+            "SEGMENTS": call.segments, "Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths,
+            "ALIVE": self.ahead.listed, "MASK": self.dense_mask, "BIAS": call.bias is not None,
+            "SOFTCAP": call.softcap is not None, "THRESHOLD": threshold(call.dropout) if call.dropout else 0,
+            "BASE2": self.base2, "EVEN": even, "PRECISE": call.dtype == "float32",
+            "WIDEN": INTERPRETED and call.dtype == "bfloat16",
+        }  # fmt: skip
+
+
+def _backward(
+    call: Call, layout: Layout, ahead: Ahead, shared: _Shared, dout: Strides, wants_bias: bool, has_dlse: bool
+) -> tuple[Launch, ...]:
+    b, h, hk, i, j, d, dv = call.b, call.h, call.hk, call.i, call.j, call.d, call.dv
+    unit = shared.unit if all(x % shared.unit == 0 for x in dout) else 1
+    qkv = tuple(x * shared.unit // unit for x in shared.qkv) + tuple(x // unit for x in dout)
+    blocks = _cdiv(i, ROWS)
+    sinks = "sinks" if call.sinks else None
+    sums = Launch(
+        "row_sums", (blocks, b * h, 1),
+        ("exact" if _exact(call) else "out", "dout", "dlse" if has_dlse else None, "top", "inverse", sinks,
+         "q_lengths" if call.q_lengths else None),
+        (h, i, *(x // unit for x in dout)),
+        (Output("delta", (b, h, i), "float32"), Output("partial", (b, h, blocks), "float32")),
+        {"DV": dv, "BDV": _padded(dv), "BM": ROWS, "UNIT": unit, "BNHD": shared.bnhd, "Q_LENGTHS": call.q_lengths,
+         "LSE": has_dlse, "SINKS": call.sinks is not None}, 4, 1,
+    )  # fmt: skip
+    launches = [*_bounds(call, layout, ahead, tile("query_gradients", call).keys, True), sums]
+    if call.sinks is not None:
+        launches.append(Launch(
+            "sum_sinks", (h, 1, 1), ("partial",), (h, b, blocks), (Output("dsinks", (h,), call.sinks),),
+            {"BLOCK": MANY}, 4, 1,
+        ))  # fmt: skip
+    base = (*shared.inputs, shared.seed)
+    saved = ("dout", "top", "inverse", "delta")
+    size = tile("query_gradients", call)
+    constants = shared.constants(size, j % size.keys == 0 and not call.kv_lengths)
+    launches.append(Launch(
+        "query_gradients", (_cdiv(i, size.queries), b * h, 1),
+        (*base, *shared.lists, *saved), (h, i, j, *qkv, *shared.pairs, *shared.rest, call.scale),
+        (Output("dq", (b, i, h, d) if shared.bnhd else (b, h, i, d), call.dtype),),
+        constants | {"UNIT": unit, "BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages,
+    ))  # fmt: skip
+    size = tile("key_gradients", call)
+    constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths)
+    ranges = ("queries_from", "queries_to") if ahead.ranged else (None, None)
+    launches.append(Launch(
+        "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *ranges, *saved),
+        (h, i, j, *qkv, *shared.pairs, *shared.rest, call.scale),
+        tuple(Output(name, (b, j, hk, n) if shared.bnhd else (b, hk, j, n), call.dtype)
+              for name, n in (("dk", d), ("dv", dv))),
+        constants | {"UNIT": unit, "BNHD": shared.bnhd}, size.warps, size.stages,
+    ))  # fmt: skip
+    if wants_bias and call.bias is not None and call.bias_dtype is not None:
+        size = tile("bias_gradients", call)
+        full_b, full_h, full_i, full_j = (x > 1 for x in call.bias)
+        grid = (_cdiv(j, size.keys) if full_j else 1, _cdiv(i, size.queries) if full_i else 1,
+                (b if full_b else 1) * (h if full_h else 1))  # fmt: skip
+        constants = shared.constants(size, False)
+        constants = {name: x for name, x in constants.items() if name not in ("G", "BIAS", "BASE2", "EVEN")}
+        launches.append(Launch(
+            "bias_gradients", grid, (*base, *saved), (b, h, i, j, *qkv, *shared.pairs, *shared.rest),
+            (Output("dbias", call.bias, call.bias_dtype),),
+            constants | {"UNIT": unit, "ALL_B": not full_b, "ALL_H": not full_h, "ALL_I": not full_i,
+                         "ALL_J": not full_j},
+            size.warps, size.stages,
+        ))  # fmt: skip
+    return tuple(launches)

@@ -1,0 +1,153 @@
+"""What tests/test_triton.py has Triton's interpreter do, in a process of its own: it runs kernels in NumPy, on a CPU.
+
+With NumPy 2.4 and later the interpreter needs help: it makes loop bounds of arrays of one element with int(), which
+NumPy once allowed for arrays that have an axis.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from triton.runtime import interpreter
+
+from attend_shared import cases, compare
+from attend_shared.kernels import plan as plans
+from attend_torch import attend, bridge
+from attend_torch.implementations import triton
+
+_patch = interpreter._patch_lang_tensor
+
+
+def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
+    _patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_lang_tensor
+
+
+def run_cases(*names: str) -> dict[str, str]:
+    """The verdict of each."""
+    return {name: run_case(name) for name in names}
+
+
+def run_case(name: str) -> str:
+    problem = cases.find(name).build()
+    try:
+        compare.check(bridge.evaluate(problem, "triton"), problem)
+    except compare.Mismatch as mismatch:
+        return str(mismatch)
+    return "ok"
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def visits() -> dict[str, list[int]]:
+    """How many tiles forward, query_gradients and key_gradients make, each of its dots counted once."""
+    documents = torch.arange(256)[None] // 64
+    hole = torch.ones(1, 256, dtype=torch.bool)
+    hole[:, 64:192] = False
+    calls: dict[str, dict[str, Any]] = {
+        "all": {},
+        "causal": {"is_causal": True},
+        "window (10, 10)": {"window_size": (10, 10)},
+        "diagonal": {"window_size": (0, 0)},
+        "causal at offset -100": {"is_causal": True, "q_offset": torch.tensor([-100])},
+        "kv_lengths 65": {"kv_lengths": torch.tensor([65])},
+        "q_lengths 64": {"q_lengths": torch.tensor([64])},
+        "nothing": {"kv_lengths": torch.tensor([0])},
+        "documents of 64": {"q_segment_ids": documents},
+        "documents in turn": {"q_segment_ids": documents % 2},
+        "key mask with a hole": {"mask": hole},
+        "left padding, causal": {"mask": (torch.arange(256) >= 128)[None], "is_causal": True},
+    }
+    dots = 0
+    make = interpreter.InterpreterBuilder.create_dot
+
+    def count(self: Any, *arguments: Any) -> Any:
+        nonlocal dots
+        dots += 1
+        return make(self, *arguments)
+
+    interpreter.InterpreterBuilder.create_dot = count
+    run = triton._run
+    found: dict[str, list[int]] = {}
+
+    def run_each(launches: Any, arrays: Any) -> None:
+        nonlocal dots
+        products = {"forward": 2, "query_gradients": 3, "key_gradients": 4}
+        for launch in launches:
+            dots = 0
+            run([launch], arrays)
+            if launch.kernel in products:
+                found[name].append(dots // products[launch.kernel])
+
+    triton._run = run_each
+    x = torch.zeros(1, 1, 256, 16, requires_grad=True)
+    plans.SMALL_TILES = (plans.SMALL_TILES[1],) * 2
+    for name, options in calls.items():
+        found[name] = []
+        attend(x, x, x, **options, implementation="triton").sum().backward()
+    return found
+
+
+def in_torch() -> dict[str, str]:
+    """What surrounds the kernels in torch, against einsum."""
+    q, k, v = (draw(2, 2, 20, 8, seed=n).requires_grad_() for n in range(3))
+    sinks, bias = draw(2, seed=4).requires_grad_(), draw(1, 2, 20, 20, seed=5).requires_grad_()
+
+    def near(got: Any, expected: Any) -> str:
+        try:
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        except AssertionError as error:
+            return str(error)
+        return "ok"
+
+    def both(function: Callable[[str], Any]) -> str:
+        return near(function("triton"), function("einsum"))
+
+    def gradients(function: Callable[..., Any], *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(function(*inputs).sin().sum(), inputs)
+
+    found = {"vmap": both(lambda name: torch.func.vmap(
+        torch.func.grad(lambda x: attend(x[None], k[:1], v[:1], is_causal=True, implementation=name).sin().sum())
+    )(q.detach()))}  # fmt: skip
+
+    def call(name: str) -> Callable[..., torch.Tensor]:
+        def function(*x: torch.Tensor) -> torch.Tensor:
+            return attend(*x[:3], sinks=x[3], bias=x[4], is_causal=True, implementation=name)
+
+        return function
+
+    compiled = torch.compile(call("triton"), fullgraph=True, backend="aot_eager")
+    inputs = (q, k, v, sinks, bias)
+    found["compiled"] = near(compiled(*inputs), call("einsum")(*inputs))
+    found["compiled gradients"] = near(gradients(compiled, *inputs), gradients(call("einsum"), *inputs))
+    found["expanded"] = both(lambda name: gradients(
+        lambda q, k: attend(q, k[:1].expand(2, -1, -1, -1), v, implementation=name), q, k))  # fmt: skip
+    found["last axis not contiguous"] = both(lambda name: gradients(
+        lambda q, k: attend(q, k.mT.contiguous().mT, v, implementation=name), q, k))  # fmt: skip
+    data = (q, k, v, None, bias, None, None, None, None, None, sinks, None, None, 0, 0, 0.5, None, 0.0)
+    torch.library.opcheck(torch.ops.attend_torch.triton.default, data, test_utils=("test_schema", "test_faketensor"))
+    found["operator"] = "ok"
+    first = torch.autograd.grad(attend(q, k, v, implementation="triton").sum(), q, create_graph=True)[0]
+    try:
+        first.sum().backward()
+        found["second derivative"] = "it gave one"
+    except RuntimeError as error:
+        found["second derivative"] = str(error)
+    return found
+
+
+TASKS: dict[str, Callable[..., Any]] = {"cases": run_cases, "visits": visits, "torch": in_torch}
+
+if __name__ == "__main__":
+    answer = TASKS[sys.argv[1]](*sys.argv[2:])
+    sys.stdout.write(json.dumps(answer))

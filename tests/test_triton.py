@@ -1,0 +1,270 @@
+"""The Triton kernels, run by Triton's interpreter on a CPU, and compiled for a GPU that need not be there.
+
+The interpreter must be asked for before Triton is imported, so what it runs is run by processes of their own
+(tests/interpreter.py). That the same bits come out of JAX is shown on a GPU: docs/implementations.md.
+"""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import attend_jax
+import attend_torch
+from attend_jax.arrays import FRAMEWORK as JAX
+from attend_jax.implementations import einsum as jax_einsum
+from attend_jax.implementations import triton as jax_triton
+from attend_shared import cases
+from attend_shared.call import Arrays, Call, canonical, check
+from attend_shared.cases import Case
+from attend_shared.kernels import plan as plans
+from attend_torch.arrays import FRAMEWORK
+from attend_torch.implementations import triton
+
+INTERPRETER = Path(__file__).parent / "interpreter.py"
+SHARDS = 4
+
+
+def interpret(task: str, *arguments: str) -> Any:
+    """The answer of a process with the interpreter."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", INTERPRETER, task, *arguments], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def served(case: Case) -> bool:
+    """Whether the kernels take it."""
+    names, given = case.build().dtypes, case.build().arguments
+    return names["q"] != "float64" and "score_fn" not in given and "mask_fn" not in given
+
+
+def chosen() -> list[str]:
+    """Enough of the list to have every level, small cases first."""
+    known: Counter[str] = Counter()
+    names = []
+    able = [case for case in cases.CASES if served(case)]
+    for case in sorted(able, key=lambda case: "tiles" in case.name):
+        if any(not known[level] for level in case.levels):
+            known.update(case.levels)
+            names.append(case.name)
+    return names
+
+
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_cases_are_within_the_budget(shard: int) -> None:
+    names = chosen()[shard::SHARDS]
+    assert len(names) > 10
+    found = interpret("cases", *names)
+    assert found == dict.fromkeys(names, "ok")
+
+
+def test_blocks_that_are_ruled_out_are_not_visited() -> None:
+    """Tiles of 64 x 64 logits, of the 16 that 256 queries and keys have: forward, for dq, and for dk and dv."""
+    assert interpret("visits") == {
+        "all": [16, 16, 16],
+        "causal": [10, 10, 10],
+        "window (10, 10)": [10, 10, 10],
+        "diagonal": [4, 4, 4],
+        "causal at offset -100": [6, 6, 6],
+        "kv_lengths 65": [8, 8, 8],
+        "q_lengths 64": [4, 4, 4],
+        "nothing": [0, 0, 0],
+        "documents of 64": [4, 4, 4],
+        "documents in turn": [12, 12, 12],  # from the first block that matters to the last
+        "key mask with a hole": [8, 8, 8],
+        "left padding, causal": [3, 3, 3],
+    }
+
+
+def test_what_the_interpreter_is_not_needed_for() -> None:
+    """vmap, a compiler, a second derivative, and arrays that lie otherwise, in one process."""
+    found = interpret("torch")
+    assert found.pop("second derivative").startswith("triton has first derivatives only")
+    assert found == dict.fromkeys(found, "ok")
+    assert set(found) == {"vmap", "compiled", "compiled gradients", "expanded", "last axis not contiguous", "operator"}
+
+
+def call_of(call: Call | None = None, **options: Any) -> Call:
+    x = torch.empty(2, 4, 96, 64, dtype=torch.bfloat16, device="meta")
+    static = {name: options.pop(name, default) for name, default in
+              (("is_causal", False), ("window_size", None), ("softcap", None), ("scale", None), ("dropout", 0.0))}
+    arrays = Arrays(**{"q": x, "k": x, "v": x} | options)
+    return check(FRAMEWORK, arrays, *static.values(), False, "bhnd", None)._replace(platform="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, None),
+        ({name: torch.empty(1, 2, 8, 8, dtype=torch.float64, device="meta") for name in "qkv"}, "it has no float64"),
+        ({name: torch.empty(1, 2, 8, 288, device="meta") for name in "qkv"}, "it takes head sizes of up to 256"),
+    ],
+)
+def test_refusals(options: dict[str, Any], words: str | None) -> None:
+    call = call_of(**options)
+    assert triton.refusal(call) == jax_triton.refusal(call) == words
+    assert triton.refusal(call._replace(platform="cpu")) == "it runs on an NVIDIA GPU"
+
+
+def test_where_it_cannot_run_it_says_why() -> None:
+    rows = {each.name: each for package in (attend_torch, attend_jax) for each in package.implementations()}
+    if not torch.cuda.is_available():
+        assert not rows["triton"].available
+        assert rows["triton"].reason
+
+
+def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str]) -> Any:
+    """What the GPU would run."""
+    import triton as language
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from attend_shared.kernels import attention
+
+    kernel = getattr(attention, launch.kernel)
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32", "uint8": "u8",
+             "bool": "i1"}  # fmt: skip
+    kinds = [("*" + short[dtypes[name or "q"]], None) for name in launch.inputs]
+    kinds += [("fp32", None) if isinstance(x, float) else ("constexpr", 1) if x == 1 else ("i32", None)
+              for x in launch.numbers]  # fmt: skip
+    kinds += [("*" + short[output.dtype], None) for output in launch.outputs]
+    names = kernel.arg_names[: len(kinds)]
+    signature = {name: kind for name, (kind, _) in zip(names, kinds, strict=True)}
+    constants = {name: value for name, (_, value) in zip(names, kinds, strict=True) if value is not None}
+    source = ASTSource(
+        fn=kernel,
+        signature=signature | dict.fromkeys(launch.constants, "constexpr"),
+        constexprs=constants | dict(launch.constants),
+        attrs={(n,): [["tt.divisibility", 16]] for n, (kind, _) in enumerate(kinds) if kind.startswith("*")},
+    )
+    assert {*signature, *launch.constants} == {*kernel.arg_names}
+    return language.compile(
+        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.warps, "num_stages": launch.stages}
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"bias": torch.empty(1, 4, 96, 96, device="meta"), "sinks": torch.empty(4, device="meta"), "dropout": 0.1,
+         "softcap": 30.0, "mask": torch.empty(2, 1, 96, 96, dtype=torch.bool, device="meta"), "dropout_seed": 1},
+        {"mask": torch.empty(2, 96, dtype=torch.bool, device="meta"), "window_size": (5, 0),
+         "q_segment_ids": torch.empty(2, 96, dtype=torch.int32, device="meta"),
+         "kv_lengths": torch.empty(2, dtype=torch.int64, device="meta"),
+         "q_lengths": torch.empty(2, dtype=torch.int64, device="meta"),
+         **{name: torch.empty(2, 4, 96, 40, device="meta") for name in "qkv"}},
+    ],
+    ids=["causal", "pairs", "structure in float32"],
+)  # fmt: skip
+def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
+    call = call_of(**options)
+    x = (call.h * 96 * call.d, 96 * call.d, call.d)
+    pairs = {name: tuple(np.cumprod((*shape[:0:-1], 1)[::-1]).tolist()) if shape else None
+             for name, shape in (("mask", call.mask), ("bias", call.bias))}  # fmt: skip
+    plan = plans.plan(call, plans.Layout(x, x, x, **pairs, one_id=True))
+    launches = (*plan.forward, *plan.backward(x, call.bias is not None, True))
+    dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype) | {"mask": "bool", "dlse": "float32"}
+    dtypes |= {"bias": "float32", "sinks": "float32", "dropout_seed": "int64"}
+    dtypes |= {"q_segment_ids": "int32", "kv_segment_ids": "int32", "q_lengths": "int64", "kv_lengths": "int64"}
+    for launch in launches:
+        dtypes |= {output.name: output.dtype for output in launch.outputs}
+    for launch in launches:
+        code = compile_for_hopper(launch, dtypes).asm["ptx"]
+        if launch.kernel in ("forward", "query_gradients", "key_gradients"):
+            assert ("wgmma.mma_async" in code) == (call.dtype == "bfloat16")
+            assert "tf32" not in code
+
+
+# JAX: what happens around the launches, with einsum in their place.
+
+
+def by_einsum(call: Call, arrays: Arrays) -> tuple:
+    ids = arrays.q_segment_ids if arrays.kv_segment_ids is None else arrays.kv_segment_ids
+    return jax_einsum.attend(call, arrays._replace(kv_segment_ids=ids))
+
+
+def fake_forward(call: Call, arrays: Arrays) -> tuple:
+    seen.append(call.b)
+    out, lse = by_einsum(call, arrays)
+    spare = jnp.zeros((call.b, 1), jnp.float32)
+    return out, lse, lse, lse, spare
+
+
+def fake_gradients(call: Call, arrays: Arrays, saved: tuple, dout: Any, dlse: Any) -> tuple:
+    names = [name for name in ("q", "k", "v", "bias", "sinks") if getattr(arrays, name) is not None]
+
+    def function(*floats: Any) -> Any:
+        return by_einsum(call, arrays._replace(**dict(zip(names, floats, strict=True))))
+
+    found = dict(zip(names, jax.vjp(function, *(getattr(arrays, n) for n in names))[1]((dout, dlse)), strict=True))
+    return tuple(found.get(name) for name in ("q", "k", "v", "bias", "sinks"))
+
+
+seen: list[int] = []
+
+
+@pytest.mark.parametrize(
+    ("options", "folds"),
+    [
+        ({}, True),
+        ({"is_causal": True, "q_offset": "shared"}, True),
+        ({"is_causal": True, "q_offset": "lanes"}, True),
+        ({"mask": "shared", "kv_lengths": "lanes", "q_segment_ids": "shared"}, True),
+        ({"sinks": "shared"}, False),
+        ({"dropout": 0.5, "dropout_seed": "lanes"}, False),
+        ({"bias": "shared"}, False),
+    ],
+    ids=str,
+)
+def test_lanes_are_more_items_of_one_call_in_jax(
+    options: dict[str, Any], folds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax_triton, "_forward", fake_forward)
+    monkeypatch.setattr(jax_triton, "_gradients", fake_gradients)
+    draw = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(draw.standard_normal((3, 2, 2, 5, 4)), jnp.float32) for _ in range(3))
+    made: dict[str, Any] = {
+        "q_offset": jnp.asarray([0, 1, -1]), "mask": jnp.asarray(draw.random((3, 1, 5)) > 0.3),
+        "kv_lengths": jnp.asarray([[5, 2], [0, 3], [4, 4]]),
+        "q_segment_ids": jnp.asarray(draw.integers(0, 2, (3, 2, 5))),
+        "sinks": jnp.zeros((3, 2)), "dropout_seed": jnp.asarray([[1, 2], [3, 4], [5, 6]], jnp.uint32),
+        "bias": jnp.asarray(draw.standard_normal((3, 1, 2, 5, 5)), jnp.float32),
+    }  # fmt: skip
+    static = {name: value for name, value in options.items() if value not in ("shared", "lanes")}
+    lanes = {name: made[name] for name, value in options.items() if value == "lanes"}
+    shared = {name: made[name][0] for name, value in options.items() if value == "shared"}
+
+    def loss(attention: Any, q: Any, k: Any, lanes: dict[str, Any]) -> Any:
+        def inner(q: Any, k: Any) -> Any:
+            out, lse = attention(q, k, lanes)
+            return (out * jnp.arange(4, dtype=jnp.float32)).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+        value, gradients = jax.value_and_grad(inner, argnums=(0, 1))(q, k)
+        return value, gradients
+
+    def ours(q: Any, k: Any, lanes: dict[str, Any]) -> Any:
+        given = Arrays(q, k, v[0], **lanes, **shared)
+        call = check(JAX, given, static.get("is_causal", False), None, None,
+                     None, static.get("dropout", 0.0), True, "bhnd", None)  # fmt: skip
+        return jax_triton.attend(call, canonical(call, given))
+
+    def truth(q: Any, k: Any, lanes: dict[str, Any]) -> Any:
+        return attend_jax.attend(q, k, v[0], **lanes, **shared, **static, return_lse=True, implementation="einsum")
+
+    seen.clear()
+    found = jax.vmap(lambda q, k, lanes: loss(ours, q, k, lanes))(q, k, lanes)
+    expected = jax.vmap(lambda q, k, lanes: loss(truth, q, k, lanes))(q, k, lanes)
+    for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert (max(seen) == 6) == folds
