@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 import attend_jax
@@ -29,7 +30,17 @@ ONE_SIDED_FILES = {
     "attend_torch/hooks/transformers.py": "the host is a PyTorch library",
     "attend_torch/hooks/x_transformers.py": "the host is a PyTorch library",
     "attend_jax/hooks/flax.py": "the host is a JAX library",
+    "attend_jax/functions.py": "a compiled call must not keep a caller's function, nor be compiled anew for each",
+    **{
+        f"attend_jax/models/{name}.py": "PyTorch has these models in transformers"
+        for name in (
+            "__init__", "albert", "bert", "blocks", "decoder", "encoder", "family", "gemma2", "generation", "gpt2",
+            "llama", "loading", "mistral", "options", "qwen2", "qwen3", "seq2seq", "t5", "vision", "vit", "whisper",
+        )
+    },
     "attend_jax/linen/__init__.py": "Flax has two kinds of modules, PyTorch one",
+    "attend_jax/linen/module.py": "Flax has two kinds of modules, PyTorch one",
+    "attend_jax/linen/multihead.py": "Flax has two kinds of modules, PyTorch one",
 }
 ONE_SIDED_NAMES = {
     "attend_torch.arrays.signed": "torch compares and subtracts few unsigned integers",
@@ -39,14 +50,20 @@ ONE_SIDED_NAMES = {
     "attend_jax.arrays.segment_ids": "JAX compares one dtype with itself only",
     "attend_jax.attend.Array": "JAX takes NumPy arrays as well",
     "attend_jax.convert.Array": "JAX takes NumPy arrays as well",
+    "attend_jax.multihead.HIGHEST": "torch multiplies float32 in full unless it is told otherwise",
 }
 OTHER_SIGNATURES = {
     "arrays.indices": "torch must know on which device",
+    "multihead.Norm": "made with device and dtype in torch, with param_dtype in Flax",
+    "multihead.empty_cache": "torch must know on which device",
+    "multihead.filled": "torch must know on which device",
     "philox.keep_mask": "an operator of torch's, so that a compiler takes it whole",
     "philox.seed_words": "torch must know on which device",
 }
 INTERFACE = {"unavailable": [], "refusal": ["call"], "attend": ["call", "arrays"]}  # of an implementation
-# What Flax forces on Attend: parameters after ours, with their defaults.
+# What the frameworks force on the modules: parameters after ours, with their defaults.
+MODULES = {"Attend": "module", "MultiHeadAttention": "multihead"}
+NEEDED = inspect.Parameter.empty
 FORCED = {
     "attend_torch.Attend": {},
     "attend_jax.Attend": {"deterministic": False, "rngs": None},
@@ -54,7 +71,17 @@ FORCED = {
     "attend_torch.Attend()": {},
     "attend_jax.Attend()": {"deterministic": None, "rngs": None},
     "attend_jax.linen.Attend()": {"deterministic": None},
-}
+    "attend_torch.MultiHeadAttention": {"device": None, "dtype": None},
+    "attend_jax.MultiHeadAttention": {
+        "dtype": None, "param_dtype": jnp.float32, "deterministic": False, "rngs": NEEDED,
+    },
+    "attend_jax.linen.MultiHeadAttention": {
+        "dtype": None, "param_dtype": jnp.float32, "parent": "flax", "name": "flax",
+    },
+    "attend_torch.MultiHeadAttention()": {},
+    "attend_jax.MultiHeadAttention()": {"deterministic": None, "rngs": None},
+    "attend_jax.linen.MultiHeadAttention()": {"deterministic": None},
+}  # fmt: skip
 
 
 def files(package: str) -> set[str]:
@@ -105,9 +132,12 @@ FUNCTIONS = [
     for module in modules()
     if module and not module.startswith("implementations")
     for name in functions(module)
-    if name != "Attend"
+    if name not in MODULES
 ]
-DOCUMENTED = [*(each for each in FUNCTIONS if each[0] in ("attend", "convert")), ("module", "Attend")]  # for users
+DOCUMENTED = [  # for users
+    *(each for each in FUNCTIONS if each[0] in ("attend", "convert", "rotary")),
+    *((module, name) for name, module in MODULES.items()),
+]
 
 
 def parameters(function: Callable[..., Any]) -> list[tuple[str, str, Any]]:
@@ -209,6 +239,38 @@ def test_attend_differs_by_what_flax_forces(package: str) -> None:
         assert {name: default for name, _, default in made if name not in OPTIONS} == FORCED["attend_jax.Attend"]
 
 
+LAYER = [each for each in parameters(attend_torch.MultiHeadAttention) if each[0] not in ("device", "dtype")]
+
+
+@pytest.mark.parametrize("package", ["attend_torch", "attend_jax", "attend_jax.linen"])
+def test_multihead_attention_differs_by_what_the_frameworks_force(package: str) -> None:
+    module = importlib.import_module(package).MultiHeadAttention
+    made, forced = parameters(module.__init__), FORCED[f"{package}.MultiHeadAttention"]
+    ours = made[: len(LAYER)]
+    assert [(name, default) for name, _, default in ours] == [(name, default) for name, _, default in LAYER]
+    assert [name for name, _, _ in made[len(LAYER) :]] == list(forced)
+    if package != "attend_jax.linen":  # fields have no kinds
+        assert ours == LAYER
+        assert {name: default for name, _, default in made[len(LAYER) :]} == forced
+
+    call = module.forward if package == "attend_torch" else module.__call__
+    ours = parameters(attend_torch.MultiHeadAttention.forward)
+    assert parameters(call)[: len(ours)] == ours
+    assert {name: d for name, _, d in parameters(call)[len(ours) :]} == FORCED[f"{package}.MultiHeadAttention()"]
+    for method in ("project", "make_cache"):
+        ours = parameters(getattr(attend_torch.MultiHeadAttention, method))
+        assert parameters(getattr(module, method)) == ours
+
+
+def test_multihead_attention_takes_what_attend_takes() -> None:
+    """But for what it has of its own, and q, k, v, sinks, layout and lse, which it makes or has no place for."""
+    given = {name for name, _, _ in parameters(attend_torch.attend)}
+    layer = [*LAYER, *parameters(attend_torch.MultiHeadAttention.forward)]
+    assert given - {name for name, _, _ in layer} == {"q", "k", "v", "layout", "return_lse"}
+    defaults = {name: default for name, _, default in parameters(attend_torch.Attend)}
+    assert all(default == defaults[name] for name, _, default in LAYER if name in defaults)
+
+
 def test_the_fields_of_linen_are_the_arguments_of_the_constructor() -> None:
     fields = {field.name: field.default for field in dataclasses.fields(attend_jax.linen.Attend)}
     assert list(fields) == [*OPTIONS, "parent", "name"]
@@ -231,6 +293,10 @@ def test_the_docs_show_these_signatures() -> None:
     assert f"attend{shown(attend_torch.attend)} -> out, or (out, lse)" in page
     assert f"Attend{shown(attend_torch.Attend)}" in page
     assert f"Attend.__call__{shown(attend_torch.Attend.forward)}" in page
+    page = " ".join((ROOT / "docs" / "layers.md").read_text().split())
+    options = shown(attend_torch.MultiHeadAttention).replace(", device=None, dtype=None", "")
+    assert f"MultiHeadAttention{options}" in page
+    assert f"MultiHeadAttention.__call__{shown(attend_torch.MultiHeadAttention.forward)}" in page
 
 
 # Docstrings.
@@ -244,12 +310,24 @@ def test_docstrings(module: str, name: str) -> None:
     assert all(line.startswith("PyTorch: ") for line in torch[1])
     assert all(line.startswith("JAX: ") for line in jax[1])
     assert bool(torch[2]) == bool(jax[2])
-    assert torch[2].count(">>>") == jax[2].count(">>>") or name == "Attend"  # Linen and NNX import what they use
+    assert torch[2].count(">>>") == jax[2].count(">>>") or name in MODULES  # Linen and NNX import what they use
+
+
+def test_the_docstrings_of_methods() -> None:
+    """The same but for the lines on what the frameworks force."""
+    made = attend_torch.MultiHeadAttention, attend_jax.MultiHeadAttention, attend_jax.linen.MultiHeadAttention
+    calls = [each.forward if each is made[0] else each.__call__ for each in made]
+    texts = [re.sub(r"\n *deterministic.*", "", str(call.__doc__)) for call in calls]
+    assert texts[0] == texts[1] == texts[2]
+    for method in ("project", "make_cache"):
+        assert len({getattr(each, method).__doc__ for each in made}) == 1
 
 
 def test_the_docstrings_of_linen() -> None:
+    for name in MODULES:
+        ours, linen = (split(getattr(package, name).__doc__) for package in (attend_jax, attend_jax.linen))
+        assert (ours[0], len(linen[1])) == (linen[0], 1)
     ours, linen = split(attend_jax.Attend.__doc__), split(attend_jax.linen.Attend.__doc__)
-    assert (ours[0], len(linen[1])) == (linen[0], 1)
     assert ours[2].replace("attention(x, x, x)", "attention.apply({}, x, x, x)") == linen[2]
 
 
@@ -257,14 +335,14 @@ def test_the_docstrings_of_linen() -> None:
 def test_what_users_call_is_documented_in_full(package: str) -> None:
     twin = importlib.import_module(package)
     convert = importlib.import_module(f"{package}.convert")
-    callables = {"attend", "explain", "implementations", "merge", "Attend"}
+    callables = {"attend", "explain", "implementations", "merge", *MODULES}
     for owner, name in [(twin, name) for name in callables] + [(convert, name) for name in public(convert) - {"Array"}]:
         function = getattr(owner, name)
         docstring = inspect.cleandoc(function.__doc__)
         assert docstring.split("\n")[0].endswith("."), f"{name}: the first line is a sentence"
         sections = re.findall(r"^(Args|Returns|Raises|Example|References):$", docstring, re.MULTILINE)
         assert "Returns" in sections and "Example" in sections, name
-        if name not in ("implementations", "Attend"):
+        if name not in ("implementations", *MODULES):
             told = re.search(r"^Args:\n(.*?)^Returns:", docstring, re.MULTILINE | re.DOTALL)
             assert told and "Raises" in sections, name
             named = set(re.findall(r"^    (\w+):", told[1], re.MULTILINE))

@@ -457,6 +457,15 @@ def test_what_is_not_filled_is_not_seen(window: tuple[int | None, int | None] | 
         torch.testing.assert_close(out, layer(x, kv_lengths=lengths))
 
 
+def test_what_is_not_filled_is_not_seen_in_jax() -> None:
+    layer = attend_jax.MultiHeadAttention(X.shape[2], 2, rngs=nnx.Rngs(0))
+    x = jnp.asarray(X, jnp.float32)
+    for length in (0, jnp.int32(0)):
+        cache = layer.make_cache(x.shape[0], x.shape[1] + 3)._replace(length=length)
+        out, _ = layer(x, cache=cache._replace(k=cache.k + jnp.nan, v=cache.v + jnp.nan))
+        np.testing.assert_allclose(out, layer(x), atol=1e-6)
+
+
 def test_left_padding_is_as_if_it_were_not_there() -> None:
     options = DECODERS["left padding, sinks, softcap, norm"][0]
     layer = torch_layer(options)

@@ -229,6 +229,7 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scaling": {"rope_type": "linear", "factor": "2"}}, TypeError, "['factor']: expected a number, got str '2'."),
     ({"scaling": {"rope_type": "linear", "factor": -1}}, ValueError, "['factor']: expected a number > 0, got int -1."),
     ({"scaling": {**YARN, "truncate": 1}}, TypeError, "scaling['truncate']: expected a bool, got int 1."),
+    ({"scaling": YARN, "base": 1}, ValueError, 'base: expected a number > 1 in "yarn", got int 1.'),
     ({"scaling": {**LLAMA3, "high_freq_factor": 1.0}}, ValueError, "more than low_freq_factor, got float 1.0."),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The command `attend`: demo, parity, explain. Frameworks are loaded where they are asked for, and only those."""
+"""The command `attend`: demo, parity, explain, port. Frameworks are loaded where they are asked for, and only those."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from attend_shared import cases, demo, parity, pictures, report, wrong_calls
+from attend_shared import cases, demo, parity, pictures, port, report, wrong_calls
 from attend_shared.call import DTYPES, LAYOUTS, NAMES
 from attend_shared.cases import Case
+from attend_shared.checkpoints import CheckpointError
+from attend_shared.errors import UnsupportedError
 from attend_shared.parity import CHECKS, EVERYTHING, FRAMEWORKS, Difference, Result, Summary, Twin
 
 __all__ = ["main"]
@@ -364,7 +366,7 @@ def _int(text: str) -> int:
     help="Where to write demo.png and demo.json.",
 )
 def demo_command(folder: Path) -> None:
-    """Embed sentences with MiniLM on attend, and hold every attention call of it against the oracle.
+    """Embed sentences with MiniLM on attend, hold every attention call of it against the oracle, and port it to Flax.
 
     Exit status: 0 if everything is within its budget, 1 if not, 2 if it cannot be run.
     """
@@ -422,9 +424,70 @@ def _print_demo(out: Console, found: demo.Demo, seconds: float) -> None:
     for row in rows:
         if row.text is not None:
             _say(out, f"{row.framework} {row.implementation}: {row.verdict}\n  {row.text}\n", STYLES[row.verdict])
+    table = _table(("sentence", "another", "#torch", "#Flax", "#difference"), "The port: how alike the sentences are")
+    for a in range(0, len(found.sentences) - 1, 2):
+        for b in (a + 1, a + 2):
+            if b < len(found.sentences):
+                there, here = found.similarities[a, b], found.port.similarities[a, b]
+                table.add_row(
+                    Text(found.sentences[a]), Text(found.sentences[b]), f"{there:.6f}", f"{here:.6f}",
+                    f"{abs(there - here):.0e}",
+                )  # fmt: skip
+    out.print(table)
+    times = ", ".join(f"{name} {took:.2f} s" for name, took in found.port.seconds.items())
+    _say(out, f"{times}\n", "dim")
     held = sum(result.verdict == "ok" for result in found.results)
     verdict = f"passed: {held} attention calls within their budgets" if found.passed else "FAILED: see above"
     _say(out, f"{verdict}, in {seconds:.0f} s", STYLES["ok" if found.passed else "failed"])
+
+
+# attend port
+
+
+@main.command("port")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--to", type=click.Choice(("flax", "torch")), default="flax", show_default=True)
+@click.option("--verify", "verified", is_flag=True, help="Run both models on sample input; takes torch, transformers.")
+@click.option("--overwrite", is_flag=True, help="Replace TARGET if it is a checkpoint folder.")
+def port_command(source: Path, target: Path, to: Any, verified: bool, overwrite: bool) -> None:
+    """Write the checkpoint folder SOURCE anew as TARGET, for Flax or back for transformers.
+
+    A folder for Flax has flax_model.safetensors, which attend_jax.models.from_pretrained reads as well.
+
+    Exit status: 0 if it is done, 1 if a layer is over its budget, 2 if it cannot be done.
+    """
+    _settle("cpu")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    out = _console()
+    try:
+        if verified:  # before anything is written
+            port.need("torch", "transformers", "jax", "flax")
+        with _progress() as progress:
+            task = progress.add_task("porting", total=None)
+            done = port.port(
+                source, target, to, overwrite=overwrite,
+                step=lambda bytes_done, total: progress.update(task, completed=bytes_done, total=total),
+            )  # fmt: skip
+        size = f"{done.parameters} parameters, {done.nbytes / 1e6:.1f} MB"
+        _say(out, f"written: {target} ({size}, in {done.seconds:.1f} s)")
+        if not verified:
+            return
+        layers = port.verify(*((source, target) if to == "flax" else (target, source)))
+    except (CheckpointError, UnsupportedError, port.MissingError, OSError) as error:
+        raise Wrong(str(error)) from error
+    table = _table(("what", "#largest", "#error", "#error of torch", "#budget", "verdict"),
+                   "On random tokens in float32, against transformers in float64")  # fmt: skip
+    for layer in layers:
+        verdict = "ok" if layer.passed else "failed"
+        numbers = (f"{x:.1e}" for x in (layer.error, layer.reference, layer.budget))
+        table.add_row(layer.name, f"{layer.largest:.3g}", *numbers, Text(verdict, STYLES[verdict]))
+    out.print(table)
+    wrong = sum(not layer.passed for layer in layers)
+    verdict = f"FAILED: {wrong} of {len(layers)} over their budget" if wrong else "passed: the same in every layer"
+    _say(out, verdict, STYLES["failed" if wrong else "ok"])
+    if wrong:
+        raise SystemExit(1)
 
 
 # What they share.

@@ -5,14 +5,15 @@ The model is MiniLM (6 layers of 12 heads), its weights from the package gt-all-
 its own eager attention and with `attend_torch` in its place, and takes one training step in each: an embedding of every
 sentence, padding and all, a contrastive loss, and the gradient of every weight. From the second one each layer's q, k,
 v, padding mask and the gradient that arrives at its output are taken through every implementation of both frameworks.
+Last, the same weights are read into Flax, and the embeddings compared.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import numpy as np
 from attend_shared import oracle, parity
 from attend_shared.oracle import Floats
 from attend_shared.parity import Difference, Result, share
+from attend_shared.port import quiet
 from attend_shared.problems import Problem
 from attend_shared.report import finite, plain
 
@@ -48,12 +50,13 @@ PUBLISHED = {(0, 1): 0.6660, (0, 2): 0.1046, (1, 2): 0.1411}
 PUBLISHED_LIMIT = 1e-4  # of four decimals
 
 LAYERS = 6
-STEPS = LAYERS + 3
+STEPS = LAYERS + 4
 """How often `run` reports that it got further."""
 
 # Between models that round differently; a padding mask that got lost makes a difference of 0.01 and more in both.
 EMBEDDING_LIMIT = 2e-6
 GRADIENT_LIMIT = 2e-5
+PORT_LIMIT = 1e-5
 
 
 class MissingError(Exception):
@@ -79,6 +82,20 @@ class Check(NamedTuple):
         return self.error <= self.limit
 
 
+class Port(NamedTuple):
+    """The model in Flax.
+
+    Attributes:
+        similarities: (sentence sentence), cosines of its embeddings.
+        error: the largest difference between its embeddings and those of torch on `attend`.
+        seconds: by what took them: reading the weights in torch and in Flax, compiling, embedding in either.
+    """
+
+    similarities: Floats
+    error: float
+    seconds: dict[str, float]
+
+
 class Demo(NamedTuple):
     """What the demo found.
 
@@ -91,6 +108,7 @@ class Demo(NamedTuple):
         results: of every layer on every implementation; the case is "layer 1" and so on.
         differences: between the frameworks.
         p: of every layer, (sentence head query key), the oracle's probabilities.
+        port: the same model in Flax.
     """
 
     versions: dict[str, str]
@@ -101,6 +119,7 @@ class Demo(NamedTuple):
     results: tuple[Result, ...]
     differences: tuple[Difference, ...]
     p: tuple[Floats, ...]
+    port: Port
 
     @property
     def passed(self) -> bool:
@@ -159,7 +178,7 @@ def run(step: Callable[[str], None]) -> Demo:
     torch, transformers = import_module("torch"), import_module("transformers")
     hook = import_module("attend_torch.hooks.transformers")
     step("model on eager")
-    with _quiet(transformers):
+    with quiet(transformers):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
         eager, ours = (
@@ -181,6 +200,8 @@ def run(step: Callable[[str], None]) -> Demo:
         of_layer = parity.hold(f"layer {n + 1}", problem, twins)
         results += of_layer[0]
         differences += of_layer[1]
+    step("port to Flax")
+    ported = _port(folder, transformers, torch, ours, batch, found.embeddings)
     step("picture")
     similarities = (found.embeddings @ found.embeddings.T).double().numpy()
     versions = parity.versions(twins) | {
@@ -189,7 +210,8 @@ def run(step: Callable[[str], None]) -> Demo:
     }
     return Demo(
         versions, SENTENCES, tuple(tuple(tokenizer.convert_ids_to_tokens(row)) for row in batch["input_ids"].tolist()),
-        similarities, _checks(similarities, expected, found, layers), tuple(results), tuple(differences), tuple(p),
+        similarities, _checks(similarities, expected, found, layers, ported), tuple(results), tuple(differences),
+        tuple(p), ported,
     )  # fmt: skip
 
 
@@ -239,6 +261,11 @@ def as_json(demo: Demo) -> dict[str, Any]:
         "checks": [{**finite(check._asdict()), "passed": check.passed} for check in demo.checks],
         "layers": [plain(result) for result in demo.results],
         "differences": [finite(each._asdict()) for each in demo.differences],
+        "port": {
+            "similarities": demo.port.similarities.round(6).tolist(),
+            **finite({"error": demo.port.error}),
+            "seconds": demo.port.seconds,
+        },
     }
 
 
@@ -254,21 +281,6 @@ def _twins() -> list[parity.Twin]:
             f'not installed: {", ".join(lacking)}. `make demo` installs everything, or: pip install "attend-twin[demo]"'
         )
     return [parity.load(framework) for framework in parity.FRAMEWORKS]
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' own progress bars and remarks, which it goes back to afterwards."""
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
 
 
 def _train(torch: Any, model: Any, batch: Any) -> _Step:
@@ -310,7 +322,35 @@ def _problem(arguments: dict[str, Any], arriving: Any) -> Problem:
     return Problem(given, dict.fromkeys(("q", "k", "v"), given["q"].dtype.name), cotangent, None, "contiguous")
 
 
-def _checks(similarities: Floats, expected: _Step, found: _Step, layers: Sequence[Any]) -> tuple[Check, ...]:
+def _port(folder: Path, transformers: Any, torch: Any, model: Any, batch: Any, embeddings: Any) -> Port:
+    """Read the weights into Flax, embed the sentences there, and time both frameworks."""
+    models, nnx = import_module("attend_jax.models"), import_module("flax.nnx")
+    seconds = {}
+
+    def timed(name: str, action: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        result = action()
+        seconds[name] = time.perf_counter() - started
+        return result
+
+    with quiet(transformers):
+        timed("torch: read", lambda: transformers.AutoModel.from_pretrained(folder, local_files_only=True))
+    flax = timed("Flax: read", lambda: models.from_pretrained(folder, show_progress=False))
+    given = [batch[name].numpy() for name in ("input_ids", "attention_mask", "token_type_ids")]
+    call = nnx.jit(lambda flax: flax(*given).last_hidden_state)
+    timed("Flax: compile", lambda: call(flax).block_until_ready())
+    hidden = np.asarray(timed("Flax: embed", lambda: call(flax).block_until_ready()), np.float64)
+    with torch.no_grad():
+        timed("torch: embed", lambda: model(**batch))
+    real = batch["attention_mask"].numpy()[..., None]
+    mean = (hidden * real).sum(1) / real.sum(1)
+    ours = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    return Port(ours @ ours.T, float(np.abs(ours - embeddings.double().numpy()).max()), seconds)
+
+
+def _checks(
+    similarities: Floats, expected: _Step, found: _Step, layers: Sequence[Any], ported: Port
+) -> tuple[Check, ...]:
     """The whole model: its embeddings and gradients against eager, its similarities against published ones."""
     apart = float((found.embeddings - expected.embeddings).abs().max())
     largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
@@ -326,4 +366,5 @@ def _checks(similarities: Floats, expected: _Step, found: _Step, layers: Sequenc
         Check("embeddings against the model's own eager attention", apart, EMBEDDING_LIMIT),
         Check("gradients of all weights against eager, relative to the largest", step, GRADIENT_LIMIT),
         *(Check(name, abs(error), PUBLISHED_LIMIT) for name, error in published),
+        Check("embeddings of the model in Flax against torch", ported.error, PORT_LIMIT),
     )

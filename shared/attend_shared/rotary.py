@@ -77,6 +77,8 @@ follow the longest sequence seen so far, so that keys of a cache would not fit t
                         "True pairs 2 n with 2 n + 1 (GPT-J), False pairs n with n + dim / 2 (Llama).")  # fmt: skip
         if self.scaling is not None:
             object.__setattr__(self, "scaling", _scaling(self.scaling))
+            if ("rope_type", "yarn") in (self.scaling or ()) and self.base <= 1:
+                raise wrong(ValueError, "base", 'a number > 1 in "yarn"', self.base, advice)
 
 
 class Rotation(NamedTuple):

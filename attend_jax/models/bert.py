@@ -1,0 +1,52 @@
+"""BERT."""
+
+from __future__ import annotations
+
+from attend_jax.models.blocks import ACTIVATIONS
+from attend_jax.models.encoder import Encoder, EncoderSizes, check
+from attend_jax.models.family import Family, Plan
+from attend_jax.models.options import Options
+from attend_shared.rules import attention, embedding, layer_norm, linear
+
+
+def plan(options: Options, architecture: str) -> Plan:
+    """Post-norm layers; learned positions; a pooler."""
+    width = options.size("hidden_size")
+    sizes = EncoderSizes(
+        vocabulary=options.size("vocab_size"),
+        width=width,
+        embed_width=width,
+        inner=options.size("intermediate_size"),
+        layers=(layers := options.layers("num_hidden_layers")),
+        groups=layers,
+        heads=options.size("num_attention_heads"),
+        positions=options.size("max_position_embeddings"),
+        types=options.size("type_vocab_size", 2),
+        activation=options.choice("hidden_act", "gelu", ACTIVATIONS),
+        eps=options.eps("layer_norm_eps", 1e-12),
+    )
+    check(options, sizes)
+    options.choice("position_embedding_type", "absolute", ("absolute",))
+    options.get("tie_word_embeddings")  # there is no head here
+    there, here = "encoder.layer.{l}", "layers.{l}"
+    rules = [
+        *embedding("embeddings.word_embeddings", "tokens"),
+        *embedding("embeddings.position_embeddings", "positions"),
+        *embedding("embeddings.token_type_embeddings", "types"),
+        *layer_norm("embeddings.LayerNorm", "norm"),
+        "embeddings.position_ids <-> -",
+        *attention(
+            f"{there}.attention",
+            f"{here}.attention",
+            names=("self.query", "self.key", "self.value", "output.dense"),
+        ),
+        *layer_norm(f"{there}.attention.output.LayerNorm", f"{here}.attention_norm"),
+        *linear(f"{there}.intermediate.dense", f"{here}.mlp.up"),
+        *linear(f"{there}.output.dense", f"{here}.mlp.down"),
+        *layer_norm(f"{there}.output.LayerNorm", f"{here}.mlp_norm"),
+        *linear("pooler.dense", "pooler"),
+    ]
+    return Plan(lambda dtype, rngs: Encoder(sizes, dtype, rngs), rules, {"h": sizes.heads})
+
+
+FAMILY = Family("bert", "BERT", ("BertModel",), plan)

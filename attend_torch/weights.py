@@ -1,0 +1,81 @@
+"""The parameters of a model by path: what weight rules ask for, and what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from attend_shared.rules import Value, WeightsError, value
+
+__all__ = ["assign", "shapes", "values"]
+
+
+def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and buffer of the state dict, by path.
+
+    Args:
+        model: the module.
+
+    Returns:
+        Shapes, under paths with dots: what `carry` takes as expected.
+
+    Example:
+        >>> shapes(torch.nn.Linear(2, 3))
+        {'weight': (3, 2), 'bias': (3,)}
+    """
+    return {path: tuple(leaf.shape) for path, leaf in model.state_dict().items()}
+
+
+def values(model: torch.nn.Module) -> dict[str, Value]:
+    """Every parameter and buffer of the state dict, by path; read when it is asked for.
+
+    Args:
+        model: the module.
+
+    Returns:
+        What `carry` takes.
+
+    Example:
+        >>> values(torch.nn.LayerNorm(2))["weight"].array()
+        array([1., 1.], dtype=float32)
+    """
+    return {path: value(leaf) for path, leaf in model.state_dict().items()}
+
+
+def assign(model: torch.nn.Module, given: Mapping[str, Any]) -> None:
+    """Give a model its parameters, all of them, in place. They are copied, in the dtype that they come in.
+
+    Args:
+        model: the module.
+        given: what `carry` returned, or arrays, by path.
+
+    Raises:
+        WeightsError: a parameter is missing, unexpected or misshapen; then nothing is changed.
+
+    Example:
+        >>> layer = torch.nn.Linear(1, 1)
+        >>> assign(layer, {"weight": value(torch.full((1, 1), 2.0)), "bias": value(torch.ones(1))})
+        >>> layer(torch.ones(1, 1)).tolist()
+        [[3.0]]
+    """
+    leaves = model.state_dict()
+    given = {path: x if isinstance(x, Value) else value(x) for path, x in given.items()}
+    missing = [path for path in leaves if path not in given]
+    unexpected = [path for path in given if path not in leaves]
+    misshapen = [
+        f"{path}: expected {tuple(leaf.shape)}, got {given[path].shape}"
+        for path, leaf in leaves.items()
+        if path in given and given[path].shape != tuple(leaf.shape)
+    ]
+    if missing or unexpected or misshapen:
+        raise WeightsError(missing, unexpected, misshapen)
+    model.load_state_dict({path: _tensor(given[path]) for path in leaves}, assign=True)
+
+
+def _tensor(each: Value) -> torch.Tensor:
+    """A copy of a value, in its own dtype."""
+    raw = np.array(each.read())  # 2 bytes of bfloat16 come as uint16
+    return torch.from_numpy(raw).view(getattr(torch, each.dtype))
