@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,8 +21,9 @@ import numpy as np
 import pytest
 
 from attend_jax.implementations import triton as jax_triton
-from attend_shared import cases, compare, parity, wrong_calls
+from attend_shared import cases, compare, parity, reference, wrong_calls
 from attend_shared.cases import Case
+from attend_shared.choice import Implementation
 from attend_shared.compare import Outcome
 from attend_shared.errors import UnsupportedError
 from attend_shared.parity import Result, Twin
@@ -175,6 +177,23 @@ def test_an_outcome_that_is_right_passes(planted: Any) -> None:
     assert (result.verdict, result.text) == ("ok", None)
     assert {row.name for row in result.errors} == {"out", "lse", "dq", "dk", "dv"}
     assert 0 < result.share <= 1
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1.0, "ok"), (1 + 2.0**-22, "failed")])
+@pytest.mark.parametrize("name", ["triton", "einsum"])
+def test_who_promises_the_same_bits_must_have_them(factor: float, verdict: str, name: str) -> None:
+    """Far within the budget, and yet not the same."""
+    problem = cases.case("lse").build()
+    table = (Implementation(name, True, True, None),)
+
+    def twin(framework: str, factor: float) -> Twin:
+        answer = reference.evaluate(problem)
+        answer = answer._replace(out=np.float64(np.float32(answer.out * factor)))
+        return Twin(framework, None, SimpleNamespace(evaluate=lambda *_: answer), table)
+
+    results, _ = parity.hold("it", problem, [twin("torch", 1.0), twin("jax", factor)])
+    assert [it.verdict for it in results] == ["ok", verdict if name == "triton" else "ok"]
+    assert results[1].text == (None if results[1].verdict == "ok" else "out: not the bits of attend_torch")
 
 
 def test_what_is_not_available_refuses_every_case() -> None:

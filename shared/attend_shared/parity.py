@@ -40,6 +40,8 @@ CHECKS = "checks"
 _PACKAGES = {"torch": ("torch",), "jax": ("jax", "jaxlib", "flax")}
 # Implementations that play one role in their frameworks, besides those of one name.
 _SAME_ROLE = (("sdpa", "xla"), ("sdpa", "cudnn"))
+# Those that promise the same bits in both frameworks.
+_SAME_BITS = ("triton",)
 
 
 class MissingError(ImportError):
@@ -228,7 +230,16 @@ def hold(
         Difference(first, second, name, *difference(outcomes[first], outcomes[second], known))
         for first, second in _pairs(outcomes)
     )
-    return tuple(results), differences
+    return tuple(_of_same_bits(result, differences) for result in results), differences
+
+
+def _of_same_bits(result: Result, differences: Iterable[Difference]) -> Result:
+    """The result, failed if it promises the bits of the other framework and has not got them."""
+    for each in differences:
+        ours = each.second == (result.framework, result.implementation) and each.first[1] == result.implementation
+        if ours and result.implementation in _SAME_BITS and each.share:
+            return result._replace(verdict="failed", text=f"{each.worst}: not the bits of attend_{each.first[0]}")
+    return result
 
 
 def _evaluate(
