@@ -23,6 +23,9 @@ os.environ.setdefault("MPLBACKEND", "agg")
 settings.register_profile("attend", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("attend")
 
+# A program that test_triton.py runs in processes of their own: it sets what Triton looks at when it is imported.
+collect_ignore = ["interpreter.py"]
+
 
 def require(package: str) -> Path:
     """The folder of an installed package, found without importing it.
