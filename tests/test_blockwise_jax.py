@@ -116,7 +116,7 @@ def visited(**options: Any) -> list[int]:
     defaults = dict(zip(names, (False, None, None, None, 0.0, False, "bhnd", None), strict=True))
     call = check(attend_jax.arrays.FRAMEWORK, given, *(defaults | options).values())
     given = canonical(call, jax.tree.map(jnp.asarray, _canonical(call, given)))
-    tiles = blockwise._Tiles(call, blockwise._Floats(given.q, given.k, given.v, None, None), given)
+    tiles = blockwise._Tiles(call, blockwise.Floats(given.q, given.k, given.v, None, None), given)
     return [int(tiles.visits(jnp.int32(0), jnp.int32(block))[0]) for block in range(tiles.queries.count)]
 
 

@@ -50,12 +50,12 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     if call.custom:
         return rowwise.attend(call, arrays)
     arrays = hide(call, arrays)
-    floats = _Floats(arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
+    floats = Floats(arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
     out, lse = _attend(call, floats, arrays._replace(q=None, k=None, v=None, bias=None, sinks=None))
     return hide_rows(call, arrays, out) if call.q_lengths else out, lse
 
 
-class _Floats(NamedTuple):
+class Floats(NamedTuple):
     """What has a derivative."""
 
     q: Any
@@ -66,11 +66,11 @@ class _Floats(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: Call, floats: _Floats, data: Arrays) -> tuple[Array, Array]:
+def _attend(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array]:
     return _attend_fwd(call, floats, data)[0]
 
 
-def _attend_fwd(call: Call, floats: _Floats, data: Arrays) -> tuple:
+def _attend_fwd(call: Call, floats: Floats, data: Arrays) -> tuple:
     out, m, total = _forward(call, floats, data)
     return (out.astype(floats.q.dtype), _lse(m, total)), (floats, data, out, m, total)
 
@@ -81,22 +81,22 @@ def _attend_bwd(call: Call, saved: tuple, cotangents: tuple) -> tuple:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gradients(
-    call: Call, floats: _Floats, data: Arrays, out: Array, m: Array, total: Array, dout: Array, dlse: Array
-) -> _Floats:
+    call: Call, floats: Floats, data: Arrays, out: Array, m: Array, total: Array, dout: Array, dlse: Array
+) -> Floats:
     return _backward(call, floats, data, out, m, total, dout, dlse)
 
 
 def _gradients_fwd(
-    call: Call, floats: _Floats, data: Arrays, out: Array, m: Array, total: Array, dout: Array, dlse: Array
+    call: Call, floats: Floats, data: Arrays, out: Array, m: Array, total: Array, dout: Array, dlse: Array
 ) -> tuple:
     return _backward(call, floats, data, out, m, total, dout, dlse), (floats, data, dout, dlse)
 
 
-def _gradients_bwd(call: Call, saved: tuple, cotangents: _Floats) -> tuple:
+def _gradients_bwd(call: Call, saved: tuple, cotangents: Floats) -> tuple:
     """Second derivatives are those of the same attention by rows: out, m and total are functions of floats there."""
     floats, data, dout, dlse = saved
 
-    def gradients(floats: _Floats, dout: Array, dlse: Array) -> _Floats:
+    def gradients(floats: Floats, dout: Array, dlse: Array) -> Floats:
         return jax.vjp(lambda floats: rowwise.rows(call, data._replace(**floats._asdict())), floats)[1]((dout, dlse))[0]
 
     dfloats, ddout, ddlse = jax.vjp(gradients, floats, dout, dlse)[1](cotangents)
@@ -114,7 +114,7 @@ def _lse(m: Array, total: Array) -> Array:
 class _Tiles:
     """The blocks of one call: how they are cut, what they hold, which of them a block of queries visits."""
 
-    def __init__(self, call: Call, floats: _Floats, data: Arrays) -> None:
+    def __init__(self, call: Call, floats: Floats, data: Arrays) -> None:
         self.call, self.bias, self.data = call, floats.bias, data
         self.wide = jnp.dtype(call.accumulation)
         self.group = call.h // call.hk
@@ -263,7 +263,7 @@ def _each(function: Any, inputs: Any) -> Any:
     return lax.map(function, inputs) if jax.default_backend() == "cpu" else jax.vmap(function)(inputs)
 
 
-def _forward(call: Call, floats: _Floats, data: Arrays) -> tuple[Array, Array, Array]:
+def _forward(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array, Array]:
     """out (b h i dv), not yet rounded, and (b h i) m, a row's largest logit, and total, its sum of exp(s - m)."""
     tiles = _Tiles(call, floats, data)
     queries, keys, wide = tiles.queries, tiles.keys, tiles.wide
@@ -309,8 +309,8 @@ def _forward(call: Call, floats: _Floats, data: Arrays) -> tuple[Array, Array, A
 
 
 def _backward(
-    call: Call, floats: _Floats, data: Arrays, out: Array, m: Array, total: Array, dout: Array, dlse: Array
-) -> _Floats:
+    call: Call, floats: Floats, data: Arrays, out: Array, m: Array, total: Array, dout: Array, dlse: Array
+) -> Floats:
     """The gradients of a call from what its way forward kept."""
     tiles = _Tiles(call, floats, data)
     queries, keys, wide = tiles.queries, tiles.keys, tiles.wide
@@ -405,7 +405,7 @@ def _backward(
     if floats.sinks is not None:
         weight = jnp.exp(floats.sinks.astype(wide)[:, None] - shift - log_total)  # (b h i)
         dsinks = (weight * slope).sum((0, 2)).astype(floats.sinks.dtype)
-    return _Floats(dq, dk, dv, dbias, dsinks)
+    return Floats(dq, dk, dv, dbias, dsinks)
 
 
 def _add(x: Array, block: Array, at: Array) -> Array:

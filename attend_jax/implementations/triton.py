@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax import lax
 from packaging.version import Version
 
 from attend_jax.implementations import einsum
+from attend_jax.implementations.blockwise import Floats
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
 from attend_shared.kernels.plan import Launch, Layout, Plan
@@ -48,39 +49,29 @@ def refusal(call: Call) -> str | None:
     return plans.refusal(call)
 
 
-class _Floats(NamedTuple):
-    """What has a derivative."""
-
-    q: Any
-    k: Any
-    v: Any
-    bias: Any
-    sinks: Any
-
-
 def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     """out (b h i dv) in q's dtype, and lse (b h i) in float32. Differentiable once, in reverse."""
     if call.is_empty:
         return einsum.attend(call, arrays)
-    floats = _Floats(arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
+    floats = Floats(arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
     if arrays.q_segment_ids is arrays.kv_segment_ids:  # which a transformation would not see
         arrays = arrays._replace(kv_segment_ids=None)
     return _attend(call, floats, arrays._replace(q=None, k=None, v=None, bias=None, sinks=None))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: Call, floats: _Floats, data: Arrays) -> tuple[Array, Array]:
+def _attend(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array]:
     return _attend_fwd(call, floats, data)[0]
 
 
-def _attend_fwd(call: Call, floats: _Floats, data: Arrays) -> tuple:
+def _attend_fwd(call: Call, floats: Floats, data: Arrays) -> tuple:
     saved = _batching(call, _forward)(data._replace(**floats._asdict()))
     return saved[:2], (floats, data, saved)
 
 
 def _attend_bwd(call: Call, kept: tuple, cotangents: tuple) -> tuple:
     floats, data, saved = kept
-    return _Floats(*_batching(call, _gradients)(data._replace(**floats._asdict()), saved, *cotangents)), None
+    return Floats(*_batching(call, _gradients)(data._replace(**floats._asdict()), saved, *cotangents)), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -187,14 +178,10 @@ def _run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
         numbers = [np.float32(x) if isinstance(x, float) else x for x in launch.numbers]
         made = jax_triton.triton_call(
             *given, *numbers, kernel=getattr(attention, launch.kernel), grid=launch.grid, name=launch.kernel,
-            out_shape=[jax.ShapeDtypeStruct(shape, _dtype(dtype)) for _, shape, dtype in launch.outputs],
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for _, shape, dtype in launch.outputs],
             num_warps=launch.warps, num_stages=launch.stages, **launch.constants,
         )  # fmt: skip
         arrays.update(zip((output.name for output in launch.outputs), made, strict=True))
-
-
-def _dtype(name: str) -> Any:
-    return jnp.dtype(name)
 
 
 def _forward(call: Call, arrays: Arrays) -> tuple[Array, ...]:

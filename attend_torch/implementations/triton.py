@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 
+from attend_shared import meaning
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
 from attend_shared.kernels.plan import Launch, Layout, Plan
 from attend_torch.implementations import blockwise, einsum, rowwise
+from attend_torch.implementations.blockwise import COUNT, FLOATS
 
 Tensor = torch.Tensor
 INSTALLED = find_spec("triton") is not None
@@ -56,8 +58,6 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-COUNT = len(Arrays._fields)
-FLOATS = tuple(Arrays._fields.index(name) for name in ("q", "k", "v", "bias", "sinks"))  # what has a derivative
 SAVED = ("out", "lse", "top", "inverse", "exact")
 
 
@@ -119,7 +119,7 @@ def _offset(call: Call, arrays: Arrays) -> int:
     """q_offset where it is a number."""
     if isinstance(arrays.q_offset, Tensor):
         return 0
-    return {"zero": 0, "end": call.j - call.i, "data": arrays.q_offset}[call.offset]
+    return meaning.offset_of(call, arrays)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -251,9 +251,9 @@ def plan(call: Call, layout: Layout) -> Plan:
         "forward", (blocks, b * h, 1),
         (*shared.inputs[:11], "sinks" if call.sinks else None, shared.seed, *shared.lists),
         (h, i, call.j, *shared.qkv, *shared.pairs, *shared.rest),
-        (Output("out", (b, i, h, call.dv) if shared.bnhd else (b, h, i, call.dv), call.dtype),
+        (Output("out", shared.shape(h, i, call.dv), call.dtype),
          *(Output(name, (b, h, i), "float32") for name in ("lse", "top", "inverse")),
-         Output("exact", ((b, i, h, call.dv) if shared.bnhd else (b, h, i, call.dv)) if exact else (b, 1), "float32")),
+         Output("exact", shared.shape(h, i, call.dv) if exact else (b, 1), "float32")),
         constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed, "SINKS": call.sinks is not None,
                      "POSITIVE": call.scale > 0, "EXACT": exact},
         forward_tile.warps, forward_tile.stages,
@@ -296,6 +296,10 @@ class _Shared:
     def dense_mask(self) -> bool:
         """Whether there is a mask that is more than a key mask."""
         return self.call.mask is not None and not self.call.key_masked
+
+    def shape(self, heads: int, length: int, size: int) -> tuple[int, ...]:
+        """Of an array of heads, in the caller's layout."""
+        return (self.call.b, length, heads, size) if self.bnhd else (self.call.b, heads, length, size)
 
     @property
     def lists(self) -> tuple[str | None, ...]:
@@ -348,7 +352,7 @@ def _backward(
     launches.append(Launch(
         "query_gradients", (_cdiv(i, size.queries), b * h, 1),
         (*base, *shared.lists, *saved), (h, i, j, *qkv, *shared.pairs, *shared.rest, call.scale),
-        (Output("dq", (b, i, h, d) if shared.bnhd else (b, h, i, d), call.dtype),),
+        (Output("dq", shared.shape(h, i, d), call.dtype),),
         constants | {"UNIT": unit, "BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages,
     ))  # fmt: skip
     size = tile("key_gradients", call)
@@ -357,8 +361,7 @@ def _backward(
     launches.append(Launch(
         "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *ranges, *saved),
         (h, i, j, *qkv, *shared.pairs, *shared.rest, call.scale),
-        tuple(Output(name, (b, j, hk, n) if shared.bnhd else (b, hk, j, n), call.dtype)
-              for name, n in (("dk", d), ("dv", dv))),
+        (Output("dk", shared.shape(hk, j, d), call.dtype), Output("dv", shared.shape(hk, j, dv), call.dtype)),
         constants | {"UNIT": unit, "BNHD": shared.bnhd}, size.warps, size.stages,
     ))  # fmt: skip
     if wants_bias and call.bias is not None and call.bias_dtype is not None:
