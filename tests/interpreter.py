@@ -80,14 +80,14 @@ def visits() -> dict[str, list[int]]:
     run = triton._run
     found: dict[str, list[int]] = {}
 
-    def run_each(launches: Any, arrays: Any) -> None:
+    def run_each(kernels: Any, arrays: Any) -> None:
         nonlocal dots
         products = {"forward": 2, "query_gradients": 3, "key_gradients": 4}
-        for launch in launches:
+        for kernel in kernels:
             dots = 0
-            run([launch], arrays)
-            if launch.kernel in products:
-                found[name].append(dots // products[launch.kernel])
+            run([kernel], arrays)
+            if kernel.launch.kernel in products:
+                found[name].append(dots // products[kernel.launch.kernel])
 
     triton._run = run_each
     x = torch.zeros(1, 1, 256, 16, requires_grad=True)

@@ -132,7 +132,7 @@ def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str]) -> Any:
     from attend_shared.kernels import attention
 
     kernel = getattr(attention, launch.kernel)
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32", "uint8": "u8",
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32", "uint8": "u8", "int8": "i8",
              "bool": "i1"}  # fmt: skip
     kinds = [("*" + short[dtypes[name or "q"]], None) for name in launch.inputs]
     kinds += [("fp32", None) if isinstance(x, float) else ("constexpr", 1) if x == 1 else ("i32", None)
@@ -176,7 +176,7 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
     launches = (*plan.forward, *plan.backward(x, call.bias is not None, True))
     dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype) | {"mask": "bool", "dlse": "float32"}
     dtypes |= {"bias": "float32", "sinks": "float32", "dropout_seed": "int64"}
-    dtypes |= {"q_segment_ids": "int32", "kv_segment_ids": "int32", "q_lengths": "int64", "kv_lengths": "int64"}
+    dtypes |= {"q_segment_ids": "int8", "kv_segment_ids": "int64", "q_lengths": "int64", "kv_lengths": "int64"}
     for launch in launches:
         dtypes |= {output.name: output.dtype for output in launch.outputs}
     for launch in launches:

@@ -178,7 +178,7 @@ def _run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
         numbers = [np.float32(x) if isinstance(x, float) else x for x in launch.numbers]
         made = jax_triton.triton_call(
             *given, *numbers, kernel=getattr(attention, launch.kernel), grid=launch.grid, name=launch.kernel,
-            out_shape=[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for _, shape, dtype in launch.outputs],
+            out_shape=[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for _, shape, dtype, _ in launch.outputs],
             num_warps=launch.warps, num_stages=launch.stages, **launch.constants,
         )  # fmt: skip
         arrays.update(zip((output.name for output in launch.outputs), made, strict=True))

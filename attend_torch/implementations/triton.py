@@ -6,17 +6,19 @@ that a compiler takes whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from attend_shared import meaning
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
-from attend_shared.kernels.plan import Launch, Layout, Plan
+from attend_shared.kernels.plan import Launch, Layout
 from attend_torch.implementations import blockwise, einsum, rowwise
 from attend_torch.implementations.blockwise import COUNT, FLOATS
 
@@ -24,6 +26,7 @@ Tensor = torch.Tensor
 INSTALLED = find_spec("triton") is not None
 
 
+@cache
 def unavailable() -> str | None:
     """Why Triton's kernels cannot run here, or None."""
     if not INSTALLED:
@@ -53,41 +56,70 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
         arrays = arrays if isinstance(arrays.q_offset, Tensor) else arrays._replace(q_offset=None)
         options = call.left, call.right, offset, call.scale, call.softcap, call.dropout
         out, lse, *_ = torch.ops.attend_torch.triton(*arrays, *options)
-    else:
+    elif _is_watched():
         out, lse, *_ = _Attend.apply(call, *arrays)
+    elif torch.is_grad_enabled() and any(arrays[n] is not None and arrays[n].requires_grad for n in FLOATS):
+        out, lse, *_ = _Eager.apply(call, *arrays)
+    else:
+        out, lse, *_ = _forward(call, arrays)
     return out, lse
+
+
+def _is_watched() -> bool:
+    """Whether a transformation looks on: lanes, tangents, gradients of functions."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 SAVED = ("out", "lse", "top", "inverse", "exact")
 
 
-class _Attend(torch.autograd.Function):
-    """(call, *arrays) -> out, lse, and what else the way back needs."""
+class _Eager(torch.autograd.Function):
+    """(call, *arrays) -> out, lse, and what else the way back needs.
+
+    For no transformation: a Function that has them looks its signature up each time it is called.
+    """
 
     @staticmethod
-    def forward(call: Call, *arrays: Any) -> tuple[Tensor, ...]:
-        return _forward(call, Arrays(*arrays))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.call, *arrays = inputs
-        ctx.others = [None if isinstance(x, Tensor) else x for x in arrays]
-        ctx.mark_non_differentiable(*output[2:])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arrays), *output)
+    def forward(ctx: Any, call: Call, *arrays: Any) -> tuple[Tensor | None, ...]:
+        output = _forward(call, Arrays(*arrays))
+        _keep(ctx, (call, *arrays), output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple:
-        given, saved = ctx.saved_tensors[:COUNT], ctx.saved_tensors[COUNT:]
-        arrays = (x if other is None else other for x, other in zip(given, ctx.others, strict=True))
+        tensors = ctx.saved_tensors
+        given, saved = tensors[:COUNT], tensors[COUNT:]
+        arrays = [x if other is None else other for x, other in zip(given, ctx.others, strict=True)]
         dout = torch.zeros_like(saved[0]) if dout is None else dout
         wanted = ctx.needs_input_grad[1:]
-        gradients = iter(_Gradients.apply(ctx.call, wanted, *arrays, *saved, dout, dlse))
-        return None, *(next(gradients) if wants else None for wants in wanted)
+        if torch.is_grad_enabled() or _is_watched():
+            gradients = iter(_Gradients.apply(ctx.call, wanted, *arrays, *saved, dout, dlse))
+            return None, *(next(gradients) if wants else None for wants in wanted)
+        return None, *_gradients(ctx.call, Arrays(*arrays), saved, dout, dlse, wanted)
+
+
+class _Attend(_Eager):
+    """The same, for transformations."""
+
+    @staticmethod
+    def forward(call: Call, *arrays: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _whole(arrays[0], _forward(call, Arrays(*arrays)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _keep(ctx, inputs, output)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         return rowwise.each_lane(_Attend.apply, info, in_dims, inputs)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.call, *arrays = inputs
+    ctx.others = [None if isinstance(x, Tensor) else x for x in arrays]
+    ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arrays), *output)
 
 
 class _Gradients(torch.autograd.Function):
@@ -132,41 +164,108 @@ def _strides(x: Tensor | None) -> tuple[int, ...] | None:
     return None if x is None else tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
 
 
-def _prepare(call: Call, arrays: Arrays) -> tuple[Plan, dict[str, Tensor]]:
+class _Kernel:
+    """One launch, and what Triton compiled it to, by what it looks at: devices, dtypes and whether arrays are aligned.
+
+    Triton's own launcher looks at each argument anew, which takes many times as long as the launch.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        from attend_shared.kernels import attention
+
+        self.launch = launch
+        self.kernel = getattr(attention, launch.kernel)
+        self.given = tuple({name: None for name in launch.inputs if name is not None})
+        self.made = tuple((x.name, x.shape, getattr(torch, x.dtype)) for x in launch.outputs if x.used)
+        self.names = tuple(x.name if x.used else launch.outputs[0].name for x in launch.outputs)
+        self.constants = tuple(launch.constants[name] for name in self.kernel.arg_names if name in launch.constants)
+        self.order = tuple(-1 if name is None else self.given.index(name) for name in launch.inputs)
+        self.compiled: dict[tuple, Any] = {}
+
+    def __call__(self, arrays: dict[str, Tensor], stream: int | None) -> None:
+        """Run it, its outputs put among the arrays."""
+        any_array, launch = arrays["q"], self.launch
+        for name, shape, dtype in self.made:
+            arrays[name] = any_array.new_empty(shape, dtype=dtype)
+        given = [arrays[name] for name in self.given]
+        places = [x.data_ptr() for x in given]
+        key = (any_array.device, *[x.dtype for x in given], *[place % 16 == 0 for place in places])
+        compiled = self.compiled.get(key)
+        if compiled is None:
+            compiled = self.kernel[launch.grid](
+                *(any_array if name is None else arrays[name] for name in launch.inputs), *launch.numbers,
+                *(arrays[name] for name in self.names), **launch.constants,
+                num_warps=launch.warps, num_stages=launch.stages,
+            )  # fmt: skip
+            if not plans.INTERPRETED:
+                self.compiled[key] = compiled
+        else:
+            places.append(0)  # for what the call has not got
+            outputs = [arrays[name].data_ptr() for name in self.names]
+            inputs = [places[n] for n in self.order]
+            compiled[launch.grid](*inputs, *launch.numbers, *outputs, *self.constants, stream=stream)
+
+
+class _Plan:
+    """A plan, ready to run."""
+
+    def __init__(self, call: Call, layout: Layout) -> None:
+        plan = plans.plan(call, layout)
+        inputs = {name for launch in plan.forward for name in launch.inputs}
+        self.names = [name for name in _SMALL if name in inputs]
+        self.forward = tuple(map(_Kernel, plan.forward))
+        self.backward = lru_cache(maxsize=64)(lambda *how: tuple(map(_Kernel, plan.backward(*how))))
+
+
+_plan = lru_cache(maxsize=1024)(_Plan)
+
+
+_SMALL = ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "dropout_seed")
+
+
+def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     """What the call launches, and its arrays by name."""
-    arrays = arrays._replace(q=_rows(arrays.q), k=_rows(arrays.k), v=_rows(arrays.v))
+    q, k, v = _rows(arrays.q), _rows(arrays.k), _rows(arrays.v)
+    known = {"q": q, "k": k, "v": v}
+    if arrays.mask is not None:
+        known["mask"] = arrays.mask
+    if arrays.bias is not None:
+        known["bias"] = arrays.bias
     offset = arrays.q_offset.ndim + 1 if isinstance(arrays.q_offset, Tensor) and call.offset == "data" else 0
-    q, k, v = (x.stride()[:3] for x in arrays[:3])
     layout = Layout(
-        q, k, v, _strides(arrays.mask), _strides(arrays.bias), offset,
+        q.stride()[:3], k.stride()[:3], v.stride()[:3], _strides(arrays.mask), _strides(arrays.bias), offset,
         0 if offset else _offset(call, arrays), arrays.q_segment_ids is arrays.kv_segment_ids,
     )  # fmt: skip
-    names = ("q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "dropout_seed")
-    contiguous = {name: x.contiguous() for name in names if isinstance(x := getattr(arrays, name), Tensor)}
-    known = {name: x for name, x in arrays._asdict().items() if isinstance(x, Tensor)} | contiguous
-    return plans.plan(call, layout), known
+    plan = _plan(call, layout)
+    for name in plan.names:
+        known[name] = getattr(arrays, name).contiguous()
+    return plan, known
 
 
-def _run(launches: Sequence[Launch], arrays: dict[str, Tensor]) -> None:
-    """Run the launches in order, their outputs put among the arrays."""
-    from attend_shared.kernels import attention
-
-    nothing = arrays["q"]
-    with _device(nothing):
-        for launch in launches:
-            made = [nothing.new_empty(shape, dtype=getattr(torch, dtype)) for _, shape, dtype in launch.outputs]
-            given = [nothing if name is None else arrays[name] for name in launch.inputs]
-            getattr(attention, launch.kernel)[launch.grid](
-                *given, *launch.numbers, *made, **launch.constants, num_warps=launch.warps, num_stages=launch.stages
-            )
-            arrays.update(zip((output.name for output in launch.outputs), made, strict=True))
+def _run(kernels: Sequence[_Kernel], arrays: dict[str, Tensor]) -> None:
+    """Run them in order."""
+    if plans.INTERPRETED:
+        for kernel in kernels:
+            kernel(arrays, None)
+        return
+    device = arrays["q"].get_device()
+    with _device(device):
+        stream = _streams()(device)
+        for kernel in kernels:
+            kernel(arrays, stream)
 
 
-def _device(x: Tensor) -> AbstractContextManager:
-    """The device of x made the current one, where it is not."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return nullcontext()
+@cache
+def _streams() -> Callable[[int], int]:
+    """What gives Triton the current stream of a device."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream
+
+
+def _device(device: int) -> AbstractContextManager:
+    """This made the current device, where it is not."""
+    return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def _turned(call: Call, x: Tensor) -> Tensor:
@@ -174,19 +273,25 @@ def _turned(call: Call, x: Tensor) -> Tensor:
     return x.transpose(1, 2) if call.layout == "bnhd" else x
 
 
-def _forward(call: Call, arrays: Arrays) -> tuple[Tensor, ...]:
-    """out (b h i dv), and the others of `SAVED`."""
+def _forward(call: Call, arrays: Arrays) -> tuple[Tensor | None, ...]:
+    """out (b h i dv), and the others of `SAVED`, None those that the way back does not need."""
     plan, known = _prepare(call, arrays)
     _run(plan.forward, known)
-    return _turned(call, known["out"]), *(known[name] for name in SAVED[1:])
+    return _turned(call, known["out"]), *(known.get(name) for name in SAVED[1:])
+
+
+def _whole(nothing: Tensor, output: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The output, an empty array in the place of each that there is not, for those who take arrays alone."""
+    return tuple(nothing.new_empty(0, dtype=torch.float32) if x is None else x for x in output)
 
 
 def _gradients(
-    call: Call, arrays: Arrays, saved: Sequence[Tensor], dout: Tensor, dlse: Tensor | None, wanted: Sequence[bool]
-) -> list[Tensor | None]:
+    call: Call, arrays: Arrays, saved: Sequence[Tensor | None], dout: Tensor, dlse: Tensor | None,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
     """The gradients of the arrays, None for those that have none or are not wanted."""
     plan, known = _prepare(call, arrays)
-    known |= zip(SAVED, saved, strict=True)
+    known |= ((name, x) for name, x in zip(SAVED, saved, strict=True) if x is not None)
     known["out"], known["dout"] = _turned(call, known["out"]), _rows(dout)
     if dlse is not None:
         known["dlse"] = dlse.contiguous()
@@ -203,15 +308,18 @@ def _gradients(
 
 
 def _operator(*inputs: Any) -> tuple[Tensor, ...]:
-    return _forward(*blockwise.canonical(inputs[:COUNT], *inputs[COUNT:]))
+    return _whole(inputs[0], _forward(*blockwise.canonical(inputs[:COUNT], *inputs[COUNT:])))
 
 
 def _operator_fake(q: Tensor, _: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     data = Arrays(q, _, v, *rest[: COUNT - 3])
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     finer = q.dtype != torch.float32 and any(x is not None and x.dtype != q.dtype for x in (data.bias, data.sinks))
-    exact = q.new_empty(out.shape if finer else (q.shape[0], 1), dtype=torch.float32)
-    return out, *(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in range(3)), exact
+    b, h, i = q.shape[:3]
+    rows = plans.padded_rows(i)
+    plain = data.bias is None and data.sinks is None
+    shapes = (b, h, i), (b, h, rows), (0,) if plain else (b, h, rows), out.shape if finer else (0,)
+    return out, *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _operator_gradients(*inputs: Any) -> tuple[Tensor, ...]:
@@ -234,7 +342,7 @@ def _operator_gradients_fake(*inputs: Any) -> tuple[Tensor, ...]:
     return *(x.new_empty(x.shape) for x in data[:3]), dbias, dsinks
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _keep_operator(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = inputs[COUNT:]
     ctx.save_for_backward(*inputs[:COUNT], *output)
 
@@ -261,4 +369,4 @@ for _name, _function, _fake in (
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attend_torch::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("attend_torch::triton", _derive, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("attend_torch::triton", _derive, setup_context=_keep_operator, lib=_LIBRARY)

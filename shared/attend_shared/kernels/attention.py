@@ -1,16 +1,21 @@
 """Attention in Triton: one source that torch and JAX launch alike, so that both get the same bits.
 
 Every kernel takes its inputs, then numbers, then its outputs, then what is fixed when it is compiled (in capitals).
-An input that a call has not got stands for nothing: any pointer will do. Strides of q, k, v and their like are in
-units of UNIT elements, so that the compiler sees that rows are aligned where they are. The last axis is contiguous.
+An input that a call has not got stands for nothing: any pointer will do. Strides of q, k, v and their like by item and
+head are in units of UNIT elements, so that the compiler sees that rows are aligned where they are; those by row are
+fixed when it is compiled. The last axis is contiguous.
 
 Nothing is masked twice: a block of keys or queries that is wholly allowed by position is visited without a look at
 positions, one that is wholly ruled out is not visited, and keys that a whole item excludes are read as zeros, so that
 what stands there (NaN, say) reaches nothing.
 
+What the way back takes of each row lies in arrays of P rows a head, P a multiple of every block of queries: what lies
+behind the last row stands for rows that see nothing, so that it is read without a look at where the rows end.
+
 References:
     Dao, Fu, Ermon, Rudra, Ré: FlashAttention (2022); Dao: FlashAttention-2 (2023), whose order of loops the gradients
-    follow. Tillet, Kung, Cox: Triton (2019). Salmon et al.: Parallel random numbers: as easy as 1, 2, 3 (2011).
+    follow. Dao, Haziza, Massa, Sizov: Flash-Decoding (2023), for the split over keys. Tillet, Kung, Cox: Triton (2019).
+    Salmon et al.: Parallel random numbers: as easy as 1, 2, 3 (2011).
 """
 
 from __future__ import annotations
@@ -20,7 +25,11 @@ import triton.language as tl
 
 FAR = tl.constexpr(2**30)  # no array reaches as far
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+LEAST = tl.constexpr(-3.4028234663852886e38)
 NOTHING = tl.constexpr(float("-inf"))
+PADDED = tl.constexpr(128)  # P is a multiple of it
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -32,22 +41,39 @@ def _dot(a, b, acc, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def _load(base, rows, columns, stride, alive, D: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
-    """A tile of rows, zeros where they are not alive; WHOLE: all are. One of rows and columns stands up, one lies."""
+def _load(base, rows, columns, alive, D: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of rows, zeros where they are not alive; WHOLE: all are. One of rows and columns stands up, one lies.
+
+    rows: where they begin.
+    """
     if WHOLE:
         if D == BD:
-            return tl.load(base + rows * stride + columns)
-        return tl.load(base + rows * stride + columns, mask=columns < D, other=0.0)
+            return tl.load(base + rows + columns)
+        return tl.load(base + rows + columns, mask=columns < D, other=0.0)
     if D == BD:
-        return tl.load(base + rows * stride + columns, mask=alive, other=0.0)
-    return tl.load(base + rows * stride + columns, mask=alive & (columns < D), other=0.0)
+        return tl.load(base + rows + columns, mask=alive, other=0.0)
+    return tl.load(base + rows + columns, mask=alive & (columns < D), other=0.0)
+
+
+@triton.jit
+def _pairs(base, rows, keys, rows_inside, keys_inside, other: tl.constexpr, WHOLE: tl.constexpr):
+    """A tile of what each query has for each key. WHOLE: all its keys are there. rows, keys: where they lie."""
+    if WHOLE:
+        return tl.load(base + rows + keys, mask=rows_inside, other=other)
+    return tl.load(base + rows + keys, mask=rows_inside & keys_inside, other=other)
+
+
+@triton.jit
+def _one_over(x):
+    """1 / x, x positive, to 1 ulp."""
+    if INTERPRETED:
+        return 1 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
 def _tanh(x, PRECISE: tl.constexpr):
-    e = tl.exp2(tl.abs(x) * -2.8853900817779268)
-    t = (1 - e) / (1 + e)
-    t = tl.where(x < 0, -t, t)
+    t = 1 - 2 * _one_over(1 + tl.exp2(x * 2.8853900817779268))
     if PRECISE:  # near 0 the difference above loses what the series has
         y = x * x
         series = 0.0035921280365724810 * y - 0.0088632355299021966
@@ -59,7 +85,7 @@ def _tanh(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def _exp(x, BASE2: tl.constexpr):
-    return tl.exp2(x) if BASE2 else tl.exp(x)
+    return tl.exp2(x) if BASE2 else tl.exp2(x * LOG2E)  # tl.exp would look after denormal numbers as well
 
 
 @triton.jit
@@ -117,18 +143,41 @@ def _within(x, least, most):
 
 
 @triton.jit
-def _key_bounds(
-    first, end, low, high, b, block, blocks, keys_from, keys_to, before,
-    BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SEGMENTS: tl.constexpr, LISTED: tl.constexpr,
-):  # fmt: skip
-    """Where the blocks of keys of the queries first .. first + BM begin, are whole, end being whole, and end.
+def _clip(start, whole_from, whole_to, stop, most):
+    """The four in order, and at most this."""
+    start = tl.minimum(start, most)
+    stop = _within(stop, start, most)
+    whole_from = _within(whole_from, start, stop)
+    return start, whole_from, _within(whole_to, whole_from, stop), stop
 
-    end: the keys that there are. In the list of blocks with a key that some query may see, where there is one.
+
+@triton.jit
+def _hull(first, end, b, block, groups, RATIO: tl.constexpr):
+    """From the first to behind the last of the other side's groups whose segments meet a block's RATIO groups."""
+    g = b * groups + block * RATIO
+    some_from, some_to = tl.load(first + g), tl.load(end + g)
+    for n in tl.static_range(1, RATIO):
+        inside = block * RATIO + n < groups
+        some_from = tl.minimum(some_from, tl.load(first + g + n, mask=inside, other=2147483647))
+        some_to = tl.maximum(some_to, tl.load(end + g + n, mask=inside, other=0))
+    return some_from, some_to
+
+
+@triton.jit
+def _visited_keys(
+    q_lengths, kv_lengths, q_offset, before, keys_from, keys_to, b, block, I, J, offset, left, right,
+    BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr,
+    SEGMENTS: tl.constexpr, LISTED: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """Where queries and keys end; the reach of a query; and, for a block of queries, where the blocks of keys begin,
+    are whole, end being whole, and end: in the list of blocks with a key that some query may see, where there is one.
     """
-    most = _blocks_up(end, BN)
+    first = block * BM
+    i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
+    low, high = _reach(q_offset, b, offset, left, right, OFFSET)
+    most = _blocks_up(j_end, BN)
     start, stop = tl.full((), 0, tl.int32), most
-    whole_from, whole_to = tl.full((), 0, tl.int32), _blocks(end, BN)
+    whole_from, whole_to = tl.full((), 0, tl.int32), _blocks(j_end, BN)
     if LEFT:
         start = _blocks(first + low, BN)
         whole_from = _blocks_up(first + BM - 1 + low, BN)
@@ -136,27 +185,45 @@ def _key_bounds(
         stop = tl.minimum(stop, _blocks_up(first + BM + high, BN))
         whole_to = tl.minimum(whole_to, _blocks(first + high + 1, BN))
     if SEGMENTS:
-        g = b * blocks + block * (BM // G)
-        some_from, some_to = tl.load(keys_from + g), tl.load(keys_to + g)
-        for n in tl.static_range(1, BM // G):
-            inside = block * (BM // G) + n < blocks
-            some_from = tl.minimum(some_from, tl.load(keys_from + g + n, mask=inside, other=2147483647))
-            some_to = tl.maximum(some_to, tl.load(keys_to + g + n, mask=inside, other=0))
+        some_from, some_to = _hull(keys_from, keys_to, b, block, tl.cdiv(I, G), BM // G)
         start = tl.maximum(start, some_from // (BN // G))
         stop = tl.minimum(stop, (some_to + BN // G - 1) // (BN // G))
-    start = tl.minimum(start, most)
-    stop = _within(stop, start, most)
-    whole_from = _within(whole_from, start, stop)
-    whole_to = _within(whole_to, whole_from, stop)
+    start, whole_from, whole_to, stop = _clip(start, whole_from, whole_to, stop, most)
     if LISTED:
+        before += b * (tl.cdiv(J, BN) + 1)
         start, whole_from = tl.load(before + start), tl.load(before + whole_from)
         whole_to, stop = tl.load(before + whole_to), tl.load(before + stop)
-    return start, whole_from, whole_to, stop
+    if Q_LENGTHS:  # a block of dead rows visits nothing
+        stop = tl.where(first < i_end, stop, start)
+        whole_from, whole_to = tl.minimum(whole_from, stop), tl.minimum(whole_to, stop)
+    return i_end, j_end, low, high, start, whole_from, whole_to, stop
+
+
+@triton.jit
+def _keys(alive_keys, kv_ids, b64, begin, J, j_end, BN: tl.constexpr, ALIVE: tl.constexpr, SEGMENTS: tl.constexpr):
+    """A block of keys: which they are, which of them the item has, and their segments."""
+    keys = begin + tl.arange(0, BN)
+    alive = keys < j_end
+    if ALIVE:
+        alive &= tl.load(alive_keys + b64 * J + keys, mask=alive, other=0) != 0
+    if SEGMENTS:
+        kv_id = tl.load(kv_ids + b64 * J + keys, mask=keys < J, other=0)
+    else:
+        kv_id = keys
+    return keys, alive, kv_id
+
+
+@triton.jit
+def _rows_ids(q_ids, b64, rows, I, SEGMENTS: tl.constexpr):
+    if SEGMENTS:
+        return tl.load(q_ids + b64 * I + rows, mask=rows < I, other=0)
+    else:
+        return rows
 
 
 @triton.jit
 def _tile(
-    s, ahead, low, high, q_id, kv_id, alive, mask, bias, pairs_mask, pairs_bias, inside, factor, cap,
+    s, ahead, low, high, q_id, kv_id, alive, seen, added, factor, cap,
     BY_PLACE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEGMENTS: tl.constexpr, ALIVE: tl.constexpr,
     MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
@@ -168,7 +235,7 @@ def _tile(
     else:
         s = s * factor
     if BIAS:
-        s += tl.load(bias + pairs_bias, mask=inside, other=0.0).to(tl.float32)
+        s += added.to(tl.float32)
     if BY_PLACE:
         if RIGHT:
             s = tl.where(ahead <= high, s, NOTHING)
@@ -179,63 +246,154 @@ def _tile(
     if ALIVE:
         s = tl.where(alive, s, NOTHING)
     if MASK:
-        s = tl.where(tl.load(mask + pairs_mask, mask=inside, other=0) != 0, s, NOTHING)
+        s = tl.where(seen != 0, s, NOTHING)
     return s, capped
+
+
+@triton.jit
+def _finish(
+    acc, m, total, sinks, b, heads, rows, inside, alive, H, I, P, kept, out, lse, top, inverse, exact,
+    DV: tl.constexpr, BDV: tl.constexpr, BNHD: tl.constexpr, Q_LENGTHS: tl.constexpr, SINKS: tl.constexpr,
+    BASE2: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """out, lse and what the way back needs of some rows, from their largest logit, total and sum of values."""
+    if Q_LENGTHS:
+        total, m = tl.where(alive, total, 0.0), tl.where(alive, m, NOTHING)
+    empty = total == 0
+    if SINKS:
+        sink = tl.load(sinks + heads).to(tl.float32) + tl.zeros_like(m)
+    of_row = b.to(tl.int64) * H + heads
+    places = of_row * P + rows
+    if BASE2:
+        total = tl.where(empty, 1.0, total)
+        shrink = 1 / total
+        joined = m + tl.log2(total)
+        natural = joined * LN2
+        if SINKS:  # in natural units, as a sink may be as low as numbers go
+            most = tl.maximum(natural, sink)
+            shift = tl.where(most == NOTHING, 0.0, most)
+            ours, its = _exp(natural - shift, False), _exp(sink - shift, False)
+            both = ours + its
+            empty = both == 0
+            both = tl.where(empty, 1.0, both)
+            shrink *= ours / both
+            natural = most + LN2 * tl.log2(both)
+            joined = tl.maximum(natural * LOG2E, LEAST)
+            tl.store(inverse + places, its / both, mask=inside)  # the share of the sink
+        seen = joined
+    else:
+        shrink = tl.full((1,), 1.0, tl.float32)
+        if SINKS:
+            most = tl.maximum(m, sink)
+            shift = tl.where(most == NOTHING, 0.0, most)
+            shrink = tl.where(empty, 0.0, _exp(m - shift, False))
+            total = total * shrink + _exp(sink - shift, False)
+            m = most
+            empty = total == 0
+        total = tl.where(empty, 1.0, total)
+        shrink = shrink / total
+        natural = m + LN2 * tl.log2(total)
+        seen = m
+        tl.store(inverse + places, 1 / total, mask=inside)
+    none = empty
+    if Q_LENGTHS:
+        none = none | (alive == 0)
+    tl.store(top + places, tl.where(none, float("inf"), seen), mask=inside)
+    natural = tl.where(empty, NOTHING, natural)
+    tl.store(lse + of_row * I + rows, natural, mask=inside)
+    acc *= (shrink * kept)[:, None]
+    if Q_LENGTHS:
+        acc = tl.where(alive[:, None], acc, 0.0)
+    lanes = tl.arange(0, BDV)[None, :]
+    if BNHD:
+        first = ((b.to(tl.int64) * I + rows) * H + heads) * DV
+    else:
+        first = (of_row * I + rows) * DV
+    here = inside[:, None] & (lanes < DV)
+    tl.store(out + first[:, None] + lanes, acc.to(out.dtype.element_ty), mask=here)
+    if EXACT:
+        tl.store(exact + first[:, None] + lanes, acc, mask=here)
+
+
+@triton.jit
+def _pad(top, inverse, of_head, I, P, BASE2: tl.constexpr, SINKS: tl.constexpr):
+    """Rows behind the last: they see nothing."""
+    behind = I + tl.arange(0, PADDED)
+    tl.store(top + of_head * P + behind, tl.full((PADDED,), float("inf"), tl.float32), mask=behind < P)
+    if SINKS or (not BASE2):
+        tl.store(inverse + of_head * P + behind, tl.zeros((PADDED,), tl.float32), mask=behind < P)
 
 
 @triton.jit
 def forward(
     q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, sinks, seed, listed, before,
-    keys_from, keys_to, H, I, J, qb, qh, qn, kb, kh, kn, vb, vh, vn, mb, mh, mi, mj, bb, bh, bi, bj, ab,
+    keys_from, keys_to, H, I, J, P, qb, qh, kb, kh, vb, vh, mb, mh, mi, bb, bh, bi,
     offset, left, right, factor, cap, kept, out, lse, top, inverse, exact,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
+    MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
+    BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
     ALIVE: tl.constexpr, LISTED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr,
-    PRECISE: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out, lse, and what the way back needs: a row's largest logit and 1 / total, or both in one (BASE2).
 
-    EXACT: out in float32 as well, its weights not rounded, where a gradient is finer than out.
+    EXACT: out in float32 as well, its weights not rounded, where a gradient is finer than out. SPLIT: the rows of a
+    program are the queries of all heads that read the same keys; its part of these is the third axis of the grid; and
+    out, lse and top are the sum of values, total and largest logit of that part, which `join` joins.
     """
     turns = tl.num_programs(0)
     block = turns - 1 - tl.program_id(0) if RIGHT else tl.program_id(0)  # the longest rows first
     n = tl.program_id(1)
-    b, h = n // H, n % H
-    b64, h64 = b.to(tl.int64), h.to(tl.int64)
-    first = block * BM
-    rows, local = first + tl.arange(0, BM), tl.arange(0, BM)
+    local = tl.arange(0, BM)
     columns = tl.arange(0, BN)
-    i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
-    low, high = _reach(q_offset, b, offset, left, right, OFFSET)
-    start, whole_from, whole_to, stop = _key_bounds(
-        first, j_end, low, high, b, block, tl.cdiv(I, G), keys_from, keys_to, before + b * (tl.cdiv(J, BN) + 1),
-        BM, BN, G, LEFT, RIGHT, SEGMENTS, LISTED,
-    )  # fmt: skip
-    if Q_LENGTHS:  # a block of dead rows visits nothing
-        stop = tl.where(first < i_end, stop, start)
-        whole_from, whole_to = tl.minimum(whole_from, stop), tl.minimum(whole_to, stop)
-
-    q += (b64 * qb + h64 * qh + first.to(tl.int64) * qn) * UNIT
-    k += (b64 * kb + (h64 // GROUP) * kh) * UNIT
-    v += (b64 * vb + (h64 // GROUP) * vh) * UNIT
-    alive_rows = (rows < i_end)[:, None]
-    tile_q = _load(q, local[:, None], tl.arange(0, BD)[None, :], qn * UNIT, alive_rows, D, BD, False)
-    if SEGMENTS:
-        q_id = tl.load(q_ids + b64 * I + rows, mask=rows < I, other=0)[:, None]
+    first = block * BM
+    if SPLIT:
+        b, hk = n // (H // GROUP), n % (H // GROUP)
+        heads = (hk * GROUP + local // I).to(tl.int64)
+        rows = tl.where(local < GROUP * I, local % I, I)
     else:
-        q_id = 0
-    if MASK:
-        mask += b64 * mb + h64 * mh + first.to(tl.int64) * mi
-    if BIAS:
-        bias += b64 * bb + h64 * bh + first.to(tl.int64) * bi
+        b, hk = n // H, n % H // GROUP
+        heads = (n % H).to(tl.int64)
+        rows = first + local
+    b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
+    i_end, j_end, low, high, start, whole_from, whole_to, stop = _visited_keys(
+        q_lengths, kv_lengths, q_offset, before, keys_from, keys_to, b, block, I, J, offset, left, right,
+        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, Q_LENGTHS, KV_LENGTHS,
+    )  # fmt: skip
+    if SPLIT:
+        part, parts = tl.program_id(2), tl.num_programs(2)
+        each = tl.cdiv(stop - start, parts)
+        whole_from = start + part * each
+        stop = tl.minimum(whole_from + each, stop)
+        whole_to = whole_from
 
+    q += b64 * qb * UNIT
+    k += (b64 * kb + hk64 * kh) * UNIT
+    v += (b64 * vb + hk64 * vh) * UNIT
+    mask += b64 * mb * MASK_UNIT
+    bias += b64 * bb * BIAS_UNIT
+    if SPLIT:
+        of_q = (heads * qh * UNIT + rows * QN)[:, None]
+        of_mask, of_bias = (heads * mh + rows * mi)[:, None], (heads * bh + rows * bi)[:, None]
+    else:
+        first64 = first.to(tl.int64)
+        q += heads * qh * UNIT + first64 * QN
+        mask += (heads * mh + first64 * mi) * MASK_UNIT
+        bias += (heads * bh + first64 * bi) * BIAS_UNIT
+        of_q, of_mask, of_bias = local[:, None] * QN, local[:, None] * mi, local[:, None] * bi
+    alive_rows = rows < i_end
+    tile_q = _load(q, of_q, tl.arange(0, BD)[None, :], alive_rows[:, None], D, BD, False)
+    q_id = _rows_ids(q_ids, b64, rows, I, SEGMENTS)
+
+    LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP  # the factor comes with the exponent
     m = tl.full((BM,), NOTHING, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
     for stage in tl.static_range(3):  # blocks cut on the left, whole blocks, blocks cut on the right
-        if (stage == 1) or ((stage == 0) and LEFT) or ((stage == 2) and (RIGHT or not EVEN)):
+        if ((stage != 2) and (not SPLIT) and ((stage == 1) or LEFT)) or ((stage == 2) and (RIGHT or SPLIT or not EVEN)):
             from_block = start if stage == 0 else (whole_from if stage == 1 else whole_to)
             to_block = whole_from if stage == 0 else (whole_to if stage == 1 else stop)
             for turn in range(from_block, to_block):
@@ -244,36 +402,36 @@ def forward(
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
                 begin64 = begin.to(tl.int64)
-                keys = begin + columns
-                alive = keys < j_end
-                if ALIVE:
-                    alive &= tl.load(alive_keys + b64 * ab + keys, mask=alive, other=0) != 0
+                keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, begin, J, j_end, BN, ALIVE, SEGMENTS)
+                if MASK:
+                    seen = _pairs(
+                        mask + begin64 * MJ, of_mask * MASK_UNIT, columns[None, :] * MJ, (rows < I)[:, None],
+                        (keys < J)[None, :], 0, EVEN_KEYS or (stage == 1),
+                    )  # fmt: skip
+                else:
+                    seen = 0
+                if BIAS:
+                    added = _pairs(
+                        bias + begin64 * BJ, of_bias * BIAS_UNIT, columns[None, :] * BJ, (rows < I)[:, None],
+                        (keys < J)[None, :], 0.0, EVEN_KEYS or (stage == 1),
+                    )  # fmt: skip
+                else:
+                    added = 0.0
                 tile_k = _load(
-                    k + begin64 * kn * UNIT, columns[None, :], tl.arange(0, BD)[:, None], kn * UNIT, alive[None, :],
+                    k + begin64 * KN, columns[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
                     D, BD, (stage == 1) and (not ALIVE),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-                if SEGMENTS:
-                    kv_id = tl.load(kv_ids + b64 * J + keys, mask=keys < J, other=0)[None, :]
-                else:
-                    kv_id = 0
-                if (BASE2 and POSITIVE) and (not SOFTCAP):  # the factor comes with the exponent
-                    s, _ = _tile(
-                        s, keys[None, :] - rows[:, None], low, high, q_id, kv_id, alive[None, :], mask + begin64 * mj,
-                        bias, local[:, None] * mi + columns[None, :] * mj, 0, (rows[:, None] < I) & (keys[None, :] < J),
-                        1.0, cap, stage != 1, LEFT, RIGHT, SEGMENTS, (stage != 1) or ALIVE, MASK, False, False, PRECISE,
-                    )  # fmt: skip
+                s, _ = _tile(
+                    s, keys[None, :] - rows[:, None], low, high, q_id[:, None], kv_id[None, :], alive[None, :], seen,
+                    added, 1.0 if LATE else factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS, (stage != 1) or ALIVE,
+                    MASK, BIAS, SOFTCAP, PRECISE,
+                )  # fmt: skip
+                if LATE:
                     new = tl.maximum(m, tl.max(s, 1) * factor)
                     shift = tl.where(new == NOTHING, 0.0, new)
                     p = tl.exp2(s * factor - shift[:, None])
                 else:
-                    s, _ = _tile(
-                        s, keys[None, :] - rows[:, None], low, high, q_id, kv_id, alive[None, :], mask + begin64 * mj,
-                        bias + begin64 * bj, local[:, None] * mi + columns[None, :] * mj,
-                        local[:, None] * bi + columns[None, :] * bj, (rows[:, None] < I) & (keys[None, :] < J),
-                        factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS, (stage != 1) or ALIVE, MASK, BIAS, SOFTCAP,
-                        PRECISE,
-                    )  # fmt: skip
                     new = tl.maximum(m, tl.max(s, 1))
                     shift = tl.where(new == NOTHING, 0.0, new)
                     p = _exp(s - shift[:, None], BASE2)
@@ -281,10 +439,14 @@ def forward(
                 total = total * shrink + tl.sum(p, 1)
                 if THRESHOLD:
                     quads = begin // 4 + tl.arange(0, BN // 4)
-                    p = tl.where(_keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, False), p, 0.0)
+                    if SPLIT:
+                        keep = _keep(seed, b, heads.to(tl.int32)[:, None], rows, quads, THRESHOLD, BM, BN, False)
+                    else:
+                        keep = _keep(seed, b, n % H, rows, quads, THRESHOLD, BM, BN, False)
+                    p = tl.where(keep, p, 0.0)
                 acc = acc * shrink[:, None]
                 tile_v = _load(
-                    v + begin64 * vn * UNIT, columns[:, None], tl.arange(0, BDV)[None, :], vn * UNIT, alive[:, None],
+                    v + begin64 * VN, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None],
                     DV, BDV, (stage == 1) and (not ALIVE),
                 )  # fmt: skip
                 rounded = p.to(v.dtype.element_ty)
@@ -296,47 +458,62 @@ def forward(
                         acc = _dot(rounded, tile_v, acc, WIDEN)
                 m = new
 
-    if Q_LENGTHS:
-        total = tl.where(rows < i_end, total, 0.0)
-        m = tl.where(rows < i_end, m, NOTHING)
-    shrink = tl.full((BM,), 1.0, tl.float32)
-    if SINKS:
-        sink = tl.load(sinks + h).to(tl.float32)
-        new = tl.maximum(m, sink)
-        shift = tl.where(new == NOTHING, 0.0, new)
-        shrink = tl.where(total == 0, 0.0, _exp(m - shift, BASE2))
-        total = total * shrink + _exp(sink - shift, BASE2)
-        m = new
-    empty = total == 0
-    one = 1 / tl.where(empty, 1.0, total)
-    acc = acc * (shrink * one * kept)[:, None]
-    if Q_LENGTHS:
-        acc = tl.where((rows < i_end)[:, None], acc, 0.0)
-    if BASE2:
-        joined = m + tl.log2(tl.where(empty, 1.0, total))
-        tl.store(top + n.to(tl.int64) * I + rows, tl.where(empty, float("inf"), joined), mask=rows < I)
-        tl.store(lse + n.to(tl.int64) * I + rows, tl.where(empty, NOTHING, joined * LN2), mask=rows < I)
+    if SPLIT:
+        place = (n.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * (GROUP * I) + local
+        inside = local < GROUP * I
+        tl.store(top + place, m, mask=inside)
+        tl.store(lse + place, total, mask=inside)
+        lanes = tl.arange(0, BDV)[None, :]
+        tl.store(out + place[:, None] * DV + lanes, acc, mask=inside[:, None] & (lanes < DV))
     else:
-        joined = m + tl.log(tl.where(empty, 1.0, total))
-        tl.store(top + n.to(tl.int64) * I + rows, tl.where(empty, float("inf"), m), mask=rows < I)
-        tl.store(inverse + n.to(tl.int64) * I + rows, tl.where(empty, 0.0, one), mask=rows < I)
-        tl.store(lse + n.to(tl.int64) * I + rows, tl.where(empty, NOTHING, joined), mask=rows < I)
-    stride = H * DV if BNHD else DV
-    base = (b64 * I * H + h64) * DV + first.to(tl.int64) * stride if BNHD else (n.to(tl.int64) * I + first) * DV
-    places = base + local[:, None] * stride + tl.arange(0, BDV)[None, :]
-    inside = (rows < I)[:, None] & (tl.arange(0, BDV) < DV)[None, :]
-    tl.store(out + places, acc.to(out.dtype.element_ty), mask=inside)
-    if EXACT:
-        tl.store(exact + places, acc, mask=inside)
+        _finish(
+            acc, m, total, sinks, b, heads, rows, rows < I, alive_rows, H, I, P, kept, out, lse, top, inverse, exact,
+            DV, BDV, BNHD, Q_LENGTHS, SINKS, BASE2, EXACT,
+        )  # fmt: skip
+        if block == turns - 1:
+            _pad(top, inverse, n.to(tl.int64), I, P, BASE2, SINKS)
+
+
+@triton.jit
+def join(
+    sums, totals, tops, sinks, q_lengths, H, I, P, parts, kept, out, lse, top, inverse, exact,
+    GROUP: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, PARTS: tl.constexpr, BNHD: tl.constexpr,
+    Q_LENGTHS: tl.constexpr, SINKS: tl.constexpr, BASE2: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """out, lse and what the way back needs of a row whose keys were seen in parts: as `merge`."""
+    r, n = tl.program_id(0), tl.program_id(1)
+    b, head = n // (H // GROUP), (n % (H // GROUP)) * GROUP + r // I
+    part = tl.arange(0, PARTS)
+    place = (n.to(tl.int64) * parts + part) * (GROUP * I) + r
+    m_of = tl.load(tops + place, mask=part < parts, other=NOTHING)
+    m = tl.max(m_of, 0)
+    share = _exp(m_of - tl.where(m == NOTHING, 0.0, m), BASE2)
+    total = tl.sum(tl.load(totals + place, mask=part < parts, other=0.0) * share, 0)
+    lanes = tl.arange(0, BDV)
+    there = (part < parts)[:, None] & (lanes < DV)[None, :]
+    values = tl.load(sums + place[:, None] * DV + lanes[None, :], mask=there, other=0.0)
+    acc = tl.sum(values * share[:, None], 0)
+    rows = r % I + tl.arange(0, 1)
+    heads = head.to(tl.int64)
+    alive = rows < _length(q_lengths, b, I, Q_LENGTHS)
+    one = tl.zeros((1,), tl.float32)
+    _finish(
+        acc[None, :], m + one, total + one, sinks, b, heads, rows, rows < I, alive, H, I, P, kept, out, lse, top,
+        inverse, exact, DV, BDV, BNHD, Q_LENGTHS, SINKS, BASE2, EXACT,
+    )  # fmt: skip
+    if r % I == I - 1:
+        _pad(top, inverse, b.to(tl.int64) * H + heads, I, P, BASE2, SINKS)
 
 
 @triton.jit
 def row_sums(
-    out, dout, dlse, top, inverse, sinks, q_lengths, H, I, dob, doh, don, delta, partial,
-    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, BNHD: tl.constexpr,
-    Q_LENGTHS: tl.constexpr, LSE: tl.constexpr, SINKS: tl.constexpr,
+    out, dout, dlse, top, inverse, sinks, q_lengths, H, I, P, dob, doh, known, partial,
+    DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, DON: tl.constexpr, BNHD: tl.constexpr,
+    Q_LENGTHS: tl.constexpr, LSE: tl.constexpr, SINKS: tl.constexpr, BASE2: tl.constexpr,
 ):  # fmt: skip
-    """What every logit of a row gets besides its own share: sum(out dout) - dlse; and each block's part of dsinks."""
+    """What the gradients take of each row: top; what every logit gets besides its own share, sum(out dout) - dlse,
+    the slope; and inverse: (P, 2, 2), top and slope before inverse and slope. And each block's part of dsinks.
+    """
     block, n = tl.program_id(0), tl.program_id(1)
     b, h = n // H, n % H
     first = block * BM
@@ -346,21 +523,47 @@ def row_sums(
     stride = H * DV if BNHD else DV
     whole = n.to(tl.int64) * I
     out += (b.to(tl.int64) * I * H + h) * DV + first.to(tl.int64) * stride if BNHD else (whole + first) * DV
-    dout += (b.to(tl.int64) * dob + h.to(tl.int64) * doh + first.to(tl.int64) * don) * UNIT
-    x = _load(out, local, lanes, stride, alive, DV, BDV, False).to(tl.float32)
-    y = _load(dout, local, lanes, don * UNIT, alive, DV, BDV, False).to(tl.float32)
+    dout += (b.to(tl.int64) * dob + h.to(tl.int64) * doh) * UNIT + first.to(tl.int64) * DON
+    x = _load(out, local * stride, lanes, alive, DV, BDV, False).to(tl.float32)
+    y = _load(dout, local * DON, lanes, alive, DV, BDV, False).to(tl.float32)
     result = tl.sum(x * y, 1)
-    inside = rows < I
-    m = tl.load(top + n.to(tl.int64) * I + rows, mask=inside, other=float("inf"))
-    if LSE:
-        slope = tl.load(dlse + n.to(tl.int64) * I + rows, mask=inside, other=0.0).to(tl.float32)
-        result -= tl.where(m == float("inf"), 0.0, slope)
-    tl.store(delta + n.to(tl.int64) * I + rows, result, mask=inside)
+    inside = rows < P
+    of_row = n.to(tl.int64) * P + rows
+    m = tl.load(top + of_row, mask=inside, other=float("inf"))
+    one = tl.zeros_like(m)
+    if SINKS or not BASE2:
+        one = tl.load(inverse + of_row, mask=inside, other=0.0)
+    unseen = m == float("inf")
+    ignored = unseen
     if SINKS:
-        sink = tl.load(sinks + h).to(tl.float32)
-        one = tl.load(inverse + n.to(tl.int64) * I + rows, mask=inside, other=0.0)
-        share = tl.where(m == float("inf"), 0.0, tl.exp(sink - m) * one)
+        share = one
+        if not BASE2:
+            sink = tl.load(sinks + h).to(tl.float32)
+            alone = tl.where(sink == NOTHING, 0.0, 1.0)
+            share = tl.where(unseen, alone, _exp(sink - m, False) * one)
+        ignored = ignored & (share == 0)
+    if LSE:
+        slope = tl.load(dlse + whole + rows, mask=rows < I, other=0.0).to(tl.float32)
+        result -= tl.where(ignored, 0.0, slope)
+    if SINKS:
         tl.store(partial + n * tl.num_programs(0) + block, -tl.sum(share * result, 0))
+    slope = tl.where(unseen, 0.0, result)
+    four = tl.join(tl.join(m, one), tl.join(slope, slope))  # (BM, 2, 2)
+    two = tl.arange(0, 2)
+    places = of_row[:, None, None] * 4 + two[None, :, None] * 2 + two[None, None, :]
+    tl.store(known + places, four, mask=inside[:, None, None])
+
+
+@triton.jit
+def _known(known, of_row):
+    """top, slope and inverse of rows. Read four at once, so that each thread has what it needs by few loads."""
+    two = tl.arange(0, 2)
+    m_and_one, slope_twice = tl.split(
+        tl.load(known + of_row[:, None, None] * 4 + two[None, :, None] * 2 + two[None, None, :])
+    )
+    m, one = tl.split(m_and_one)
+    slope, _ = tl.split(slope_twice)
+    return m, slope, one
 
 
 @triton.jit
@@ -378,13 +581,16 @@ def sum_sinks(partial, H, B, blocks, dsinks, BLOCK: tl.constexpr):
 @triton.jit
 def query_gradients(
     q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, listed, before,
-    keys_from, keys_to, dout, top, inverse, delta, H, I, J, qb, qh, qn, kb, kh, kn, vb, vh, vn, dob, doh, don,
-    mb, mh, mi, mj, bb, bh, bi, bj, ab, offset, left, right, factor, cap, kept, scale, dq,
+    keys_from, keys_to, dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
+    mb, mh, mi, bb, bh, bi, offset, left, right, factor, cap, kept, scale, dq,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
+    DON: tl.constexpr, MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
+    BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
     ALIVE: tl.constexpr, LISTED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    THRESHOLD: tl.constexpr, BASE2: tl.constexpr, EVEN: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    THRESHOLD: tl.constexpr, BASE2: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, over the blocks of keys that the way forward visited."""
     turns = tl.num_programs(0)
@@ -393,39 +599,26 @@ def query_gradients(
     b, h = n // H, n % H
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
     first = block * BM
+    first64 = first.to(tl.int64)
     rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), tl.arange(0, BN)
-    i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
-    low, high = _reach(q_offset, b, offset, left, right, OFFSET)
-    start, whole_from, whole_to, stop = _key_bounds(
-        first, j_end, low, high, b, block, tl.cdiv(I, G), keys_from, keys_to, before + b * (tl.cdiv(J, BN) + 1),
-        BM, BN, G, LEFT, RIGHT, SEGMENTS, LISTED,
+    i_end, j_end, low, high, start, whole_from, whole_to, stop = _visited_keys(
+        q_lengths, kv_lengths, q_offset, before, keys_from, keys_to, b, block, I, J, offset, left, right,
+        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, Q_LENGTHS, KV_LENGTHS,
     )  # fmt: skip
-    if Q_LENGTHS:
-        stop = tl.where(first < i_end, stop, start)
-        whole_from, whole_to = tl.minimum(whole_from, stop), tl.minimum(whole_to, stop)
 
-    q += (b64 * qb + h64 * qh + first.to(tl.int64) * qn) * UNIT
-    dout += (b64 * dob + h64 * doh + first.to(tl.int64) * don) * UNIT
+    q += (b64 * qb + h64 * qh) * UNIT + first64 * QN
+    dout += (b64 * dob + h64 * doh) * UNIT + first64 * DON
     k += (b64 * kb + (h64 // GROUP) * kh) * UNIT
     v += (b64 * vb + (h64 // GROUP) * vh) * UNIT
+    mask += (b64 * mb + h64 * mh + first64 * mi) * MASK_UNIT
+    bias += (b64 * bb + h64 * bh + first64 * bi) * BIAS_UNIT
     alive_rows = (rows < i_end)[:, None]
-    tile_q = _load(q, local[:, None], tl.arange(0, BD)[None, :], qn * UNIT, alive_rows, D, BD, False)
-    tile_do = _load(dout, local[:, None], tl.arange(0, BDV)[None, :], don * UNIT, alive_rows, DV, BDV, False)
-    of_row = n.to(tl.int64) * I + rows
-    m = tl.load(top + of_row, mask=rows < i_end, other=float("inf"))[:, None]
-    slope = tl.load(delta + of_row, mask=rows < i_end, other=0.0)[:, None]
-    if BASE2:
-        one = slope
-    else:
-        one = tl.load(inverse + of_row, mask=rows < i_end, other=0.0)[:, None]
-    if SEGMENTS:
-        q_id = tl.load(q_ids + b64 * I + rows, mask=rows < I, other=0)[:, None]
-    else:
-        q_id = 0
-    if MASK:
-        mask += b64 * mb + h64 * mh + first.to(tl.int64) * mi
-    if BIAS:
-        bias += b64 * bb + h64 * bh + first.to(tl.int64) * bi
+    tile_q = _load(q, local[:, None] * QN, tl.arange(0, BD)[None, :], alive_rows, D, BD, False)
+    tile_do = _load(dout, local[:, None] * DON, tl.arange(0, BDV)[None, :], alive_rows, DV, BDV, False)
+    of_row = n.to(tl.int64) * P + rows
+    m, slope, one = _known(known, of_row)
+    m, slope, one = m[:, None], slope[:, None], one[:, None]
+    q_id = _rows_ids(q_ids, b64, rows, I, SEGMENTS)
 
     acc = tl.zeros((BM, BD), tl.float32)
     for stage in tl.static_range(3):
@@ -438,32 +631,36 @@ def query_gradients(
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
                 begin64 = begin.to(tl.int64)
-                keys = begin + columns
-                alive = keys < j_end
-                if ALIVE:
-                    alive &= tl.load(alive_keys + b64 * ab + keys, mask=alive, other=0) != 0
+                keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, begin, J, j_end, BN, ALIVE, SEGMENTS)
+                if MASK:
+                    seen = _pairs(
+                        mask + begin64 * MJ, local[:, None] * mi * MASK_UNIT, columns[None, :] * MJ,
+                        (rows < I)[:, None], (keys < J)[None, :], 0, EVEN_KEYS or (stage == 1),
+                    )  # fmt: skip
+                else:
+                    seen = 0
+                if BIAS:
+                    added = _pairs(
+                        bias + begin64 * BJ, local[:, None] * bi * BIAS_UNIT, columns[None, :] * BJ,
+                        (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS or (stage == 1),
+                    )  # fmt: skip
+                else:
+                    added = 0.0
                 tile_k = _load(
-                    k + begin64 * kn * UNIT, columns[None, :], tl.arange(0, BD)[:, None], kn * UNIT, alive[None, :],
+                    k + begin64 * KN, columns[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
                     D, BD, (stage == 1) and (not ALIVE),
                 )  # fmt: skip
                 tile_v = _load(
-                    v + begin64 * vn * UNIT, columns[None, :], tl.arange(0, BDV)[:, None], vn * UNIT, alive[None, :],
+                    v + begin64 * VN, columns[None, :] * VN, tl.arange(0, BDV)[:, None], alive[None, :],
                     DV, BDV, (stage == 1) and (not ALIVE),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-                if SEGMENTS:
-                    kv_id = tl.load(kv_ids + b64 * J + keys, mask=keys < J, other=0)[None, :]
-                else:
-                    kv_id = 0
                 s, capped = _tile(
-                    s, keys[None, :] - rows[:, None], low, high, q_id, kv_id, alive[None, :], mask + begin64 * mj,
-                    bias + begin64 * bj, local[:, None] * mi + columns[None, :] * mj,
-                    local[:, None] * bi + columns[None, :] * bj, (rows[:, None] < I) & (keys[None, :] < J),
-                    factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS, (stage != 1) or ALIVE, MASK, BIAS, SOFTCAP, PRECISE,
+                    s, keys[None, :] - rows[:, None], low, high, q_id[:, None], kv_id[None, :], alive[None, :], seen,
+                    added, factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS, (stage != 1) or ALIVE, MASK, BIAS, SOFTCAP,
+                    PRECISE,
                 )  # fmt: skip
-                p = _exp(s - m, BASE2)
-                if not BASE2:
-                    p *= one
+                p = _exp(s - m, BASE2)  # times 1 / total at the end, unless m has it
                 dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if THRESHOLD:
                     quads = begin // 4 + tl.arange(0, BN // 4)
@@ -473,11 +670,11 @@ def query_gradients(
                     ds *= 1 - capped * capped
                 acc = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_k), acc, WIDEN)
 
-    acc *= scale
+    acc *= scale if BASE2 else scale * one
     if Q_LENGTHS:
         acc = tl.where(alive_rows, acc, 0.0)
     stride = H * D if BNHD else D
-    dq += (b64 * I * H + h64) * D + first.to(tl.int64) * stride if BNHD else (n.to(tl.int64) * I + first) * D
+    dq += (b64 * I * H + h64) * D + first64 * stride if BNHD else (n.to(tl.int64) * I + first) * D
     places = local[:, None] * stride + tl.arange(0, BD)[None, :]
     tl.store(dq + places, acc.to(dq.dtype.element_ty), mask=(rows < I)[:, None] & (tl.arange(0, BD) < D)[None, :])
 
@@ -485,13 +682,15 @@ def query_gradients(
 @triton.jit
 def key_gradients(
     q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, queries_from, queries_to,
-    dout, top, inverse, delta, H, I, J, qb, qh, qn, kb, kh, kn, vb, vh, vn, dob, doh, don,
-    mb, mh, mi, mj, bb, bh, bi, bj, ab, offset, left, right, factor, cap, kept, scale, dk, dv,
+    dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
+    mb, mh, mi, bb, bh, bi, offset, left, right, factor, cap, kept, scale, dk, dv,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
+    DON: tl.constexpr, MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
+    BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
     ALIVE: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
-    BASE2: tl.constexpr, EVEN: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    BASE2: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, over the heads that read it and the blocks of queries that see it."""
     block, n = tl.program_id(0), tl.program_id(1)
@@ -500,9 +699,10 @@ def key_gradients(
     b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
     first = block * BN
     first64 = first.to(tl.int64)
-    keys, columns, local = first + tl.arange(0, BN), tl.arange(0, BN), tl.arange(0, BM)
+    columns, local = tl.arange(0, BN), tl.arange(0, BM)
     i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
     low, high = _reach(q_offset, b, offset, left, right, OFFSET)
+    keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, first, J, j_end, BN, ALIVE, SEGMENTS)
 
     most = _blocks_up(i_end, BM)
     start, stop = tl.full((), 0, tl.int32), most
@@ -514,34 +714,19 @@ def key_gradients(
         stop = tl.minimum(stop, _blocks_up(first + BN - low, BM))
         whole_to = tl.minimum(whole_to, _blocks(first - low + 1, BM))
     if SEGMENTS:
-        groups = tl.cdiv(J, G)
-        g = b * groups + block * (BN // G)
-        some_from, some_to = tl.load(queries_from + g), tl.load(queries_to + g)
-        for part in tl.static_range(1, BN // G):
-            inside = block * (BN // G) + part < groups
-            some_from = tl.minimum(some_from, tl.load(queries_from + g + part, mask=inside, other=2147483647))
-            some_to = tl.maximum(some_to, tl.load(queries_to + g + part, mask=inside, other=0))
+        some_from, some_to = _hull(queries_from, queries_to, b, block, tl.cdiv(J, G), BN // G)
         start = tl.maximum(start, some_from // (BM // G))
         stop = tl.minimum(stop, (some_to + BM // G - 1) // (BM // G))
-    alive = keys < j_end
     if ALIVE:
-        alive &= tl.load(alive_keys + b64 * ab + keys, mask=alive, other=0) != 0
         stop = tl.where(tl.max(alive.to(tl.int32), 0) > 0, stop, 0)
     if KV_LENGTHS:
         stop = tl.where(first < j_end, stop, 0)
-    start = tl.minimum(start, most)
-    stop = _within(stop, start, most)
-    whole_from = _within(whole_from, start, stop)
-    whole_to = _within(whole_to, whole_from, stop)
+    start, whole_from, whole_to, stop = _clip(start, whole_from, whole_to, stop, most)
 
-    k += (b64 * kb + hk64 * kh + first64 * kn) * UNIT
-    v += (b64 * vb + hk64 * vh + first64 * vn) * UNIT
-    tile_k = _load(k, columns[:, None], tl.arange(0, BD)[None, :], kn * UNIT, alive[:, None], D, BD, False)
-    tile_v = _load(v, columns[:, None], tl.arange(0, BDV)[None, :], vn * UNIT, alive[:, None], DV, BDV, False)
-    if SEGMENTS:
-        kv_id = tl.load(kv_ids + b64 * J + keys, mask=keys < J, other=0)[:, None]
-    else:
-        kv_id = 0
+    k += (b64 * kb + hk64 * kh) * UNIT + first64 * KN
+    v += (b64 * vb + hk64 * vh) * UNIT + first64 * VN
+    tile_k = _load(k, columns[:, None] * KN, tl.arange(0, BD)[None, :], alive[:, None], D, BD, False)
+    tile_v = _load(v, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None], DV, BDV, False)
 
     sum_k = tl.zeros((BN, BD), tl.float32)
     sum_v = tl.zeros((BN, BDV), tl.float32)
@@ -550,13 +735,9 @@ def key_gradients(
         h64 = h.to(tl.int64)
         base_q = q + (b64 * qb + h64 * qh) * UNIT
         base_do = dout + (b64 * dob + h64 * doh) * UNIT
-        of_head = (b64 * H + h64) * I
-        base_mask = mask
-        base_bias = bias
-        if MASK:
-            base_mask += b64 * mb + h64 * mh + first64 * mj
-        if BIAS:
-            base_bias += b64 * bb + h64 * bh + first64 * bj
+        of_head = (b64 * H + h64) * P
+        base_mask = mask + (b64 * mb + h64 * mh) * MASK_UNIT + first64 * MJ
+        base_bias = bias + (b64 * bb + h64 * bh) * BIAS_UNIT + first64 * BJ
         for stage in tl.static_range(3):  # blocks cut on the right, whole blocks, blocks cut on the left
             if (stage == 1) or ((stage == 0) and RIGHT) or ((stage == 2) and LEFT):
                 from_block = start if stage == 0 else (whole_from if stage == 1 else whole_to)
@@ -566,31 +747,39 @@ def key_gradients(
                     begin64 = begin.to(tl.int64)
                     rows = begin + local
                     alive_rows = rows < i_end
+                    if MASK:
+                        seen = _pairs(
+                            base_mask + begin64 * mi * MASK_UNIT, local[None, :] * mi * MASK_UNIT,
+                            columns[:, None] * MJ, (rows < I)[None, :], (keys < J)[:, None], 0, EVEN_KEYS,
+                        )  # fmt: skip
+                    else:
+                        seen = 0
+                    if BIAS:
+                        added = _pairs(
+                            base_bias + begin64 * bi * BIAS_UNIT, local[None, :] * bi * BIAS_UNIT,
+                            columns[:, None] * BJ, (rows < I)[None, :], (keys < J)[:, None], 0.0, EVEN_KEYS,
+                        )  # fmt: skip
+                    else:
+                        added = 0.0
                     tile_q = _load(
-                        base_q + begin64 * qn * UNIT, local[None, :], tl.arange(0, BD)[:, None], qn * UNIT,
+                        base_q + begin64 * QN, local[None, :] * QN, tl.arange(0, BD)[:, None],
                         alive_rows[None, :], D, BD, EVEN,
                     )  # fmt: skip
                     tile_do = _load(
-                        base_do + begin64 * don * UNIT, local[:, None], tl.arange(0, BDV)[None, :], don * UNIT,
+                        base_do + begin64 * DON, local[:, None] * DON, tl.arange(0, BDV)[None, :],
                         alive_rows[:, None], DV, BDV, EVEN,
                     )  # fmt: skip
-                    m = tl.load(top + of_head + rows, mask=alive_rows, other=float("inf"))[None, :]
-                    slope = tl.load(delta + of_head + rows, mask=alive_rows, other=0.0)[None, :]
+                    m, slope, one = _known(known, of_head + rows)
                     s = _dot(tile_k, tile_q, tl.zeros((BN, BM), tl.float32), WIDEN)
-                    if SEGMENTS:
-                        q_id = tl.load(q_ids + b64 * I + rows, mask=rows < I, other=0)[None, :]
-                    else:
-                        q_id = 0
+                    q_id = _rows_ids(q_ids, b64, rows, I, SEGMENTS)
                     s, capped = _tile(
-                        s, keys[:, None] - rows[None, :], low, high, q_id, kv_id, alive[:, None],
-                        base_mask + begin64 * mi, base_bias + begin64 * bi,
-                        local[None, :] * mi + columns[:, None] * mj, local[None, :] * bi + columns[:, None] * bj,
-                        (rows[None, :] < I) & (keys[:, None] < J),
-                        factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS, ALIVE, MASK, BIAS, SOFTCAP, PRECISE,
+                        s, keys[:, None] - rows[None, :], low, high, q_id[None, :], kv_id[:, None], alive[:, None],
+                        seen, added, factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS, ALIVE, MASK, BIAS, SOFTCAP,
+                        PRECISE,
                     )  # fmt: skip
-                    p = _exp(s - m, BASE2)
+                    p = _exp(s - m[None, :], BASE2)
                     if not BASE2:
-                        p *= tl.load(inverse + of_head + rows, mask=alive_rows, other=0.0)[None, :]
+                        p *= one[None, :]
                     dp = _dot(tile_v, tl.trans(tile_do), tl.zeros((BN, BM), tl.float32), WIDEN)
                     dropped = p
                     if THRESHOLD:
@@ -599,7 +788,7 @@ def key_gradients(
                         dropped = tl.where(keep, p, 0.0)
                         dp = tl.where(keep, dp * kept, 0.0)
                     sum_v = _dot(dropped.to(v.dtype.element_ty), tile_do, sum_v, WIDEN)
-                    ds = p * (dp - slope)
+                    ds = p * (dp - slope[None, :])
                     if SOFTCAP:
                         ds *= 1 - capped * capped
                     sum_k = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_q), sum_k, WIDEN)
@@ -618,89 +807,86 @@ def key_gradients(
 @triton.jit
 def bias_gradients(
     q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed,
-    dout, top, inverse, delta, B, H, I, J, qb, qh, qn, kb, kh, kn, vb, vh, vn, dob, doh, don,
-    mb, mh, mi, mj, bb, bh, bi, bj, ab, offset, left, right, factor, cap, kept, dbias,
+    dout, known, B, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
+    mb, mh, mi, bb, bh, bi, offset, left, right, factor, cap, kept, dbias,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, UNIT: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
-    ALIVE: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, PRECISE: tl.constexpr,
-    WIDEN: tl.constexpr, ALL_B: tl.constexpr, ALL_H: tl.constexpr, ALL_I: tl.constexpr, ALL_J: tl.constexpr,
+    BN: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr, DON: tl.constexpr,
+    MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr, OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr,
+    KV_LENGTHS: tl.constexpr, ALIVE: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, ALL_B: tl.constexpr, ALL_H: tl.constexpr,
+    ALL_I: tl.constexpr, ALL_J: tl.constexpr,
 ):  # fmt: skip
     """A tile of dbias: the sum over the axes along which the bias is one for all (ALL_), in one order."""
     item_head = tl.program_id(2)
     heads = 1 if ALL_H else H
     local, columns = tl.arange(0, BM), tl.arange(0, BN)
+    from_i, to_i = (0, tl.cdiv(I, BM)) if ALL_I else (tl.program_id(1), tl.program_id(1) + 1)
+    from_j, to_j = (0, tl.cdiv(J, BN)) if ALL_J else (tl.program_id(0), tl.program_id(0) + 1)
+    if (not OFFSET) and (not (ALL_I and ALL_J)):  # one reach for all turns
+        low, high = _reach(q_offset, 0, offset, left, right, OFFSET)
+        if RIGHT:
+            from_i = tl.maximum(from_i, _blocks(from_j * BN - high, BM))
+            to_j = tl.minimum(to_j, _blocks_up(to_i * BM + high, BN))
+        if LEFT:
+            to_i = tl.minimum(to_i, _blocks_up(to_j * BN - low, BM))
+            from_j = tl.maximum(from_j, _blocks(from_i * BM + low, BN))
+    turns_i, turns_j = tl.maximum(to_i - from_i, 0), tl.maximum(to_j - from_j, 0)
+    turns = (B if ALL_B else 1) * (H if ALL_H else 1) * turns_i * turns_j
     acc = tl.zeros((BM, BN), tl.float32)
-    for item in range(B if ALL_B else 1):
-        b = item if ALL_B else item_head // heads
-        b64 = b.to(tl.int64)
+    for turn in range(turns):
+        first_j = (from_j + turn % turns_j) * BN
+        first_i = (from_i + turn // turns_j % turns_i) * BM
+        other = turn // (turns_j * turns_i)
+        h = other % H if ALL_H else item_head % heads
+        b = (other // H if ALL_H else other) if ALL_B else item_head // heads
+        b64, h64, i64, j64 = b.to(tl.int64), h.to(tl.int64), first_i.to(tl.int64), first_j.to(tl.int64)
         i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
         low, high = _reach(q_offset, b, offset, left, right, OFFSET)
-        for head in range(H if ALL_H else 1):
-            h = head if ALL_H else item_head % heads
-            h64 = h.to(tl.int64)
-            for turn_i in range(tl.cdiv(I, BM) if ALL_I else 1):
-                first_i = (turn_i if ALL_I else tl.program_id(1)) * BM
-                rows = first_i + local
-                i64 = first_i.to(tl.int64)
-                alive_rows = (rows < i_end)[:, None]
-                of_row = (b64 * H + h64) * I + rows
-                m = tl.load(top + of_row, mask=rows < i_end, other=float("inf"))[:, None]
-                slope = tl.load(delta + of_row, mask=rows < i_end, other=0.0)[:, None]
-                one = tl.load(inverse + of_row, mask=rows < i_end, other=0.0)[:, None]
-                tile_q = _load(
-                    q + (b64 * qb + h64 * qh + i64 * qn) * UNIT, local[:, None], tl.arange(0, BD)[None, :], qn * UNIT,
-                    alive_rows, D, BD, False,
-                )  # fmt: skip
-                tile_do = _load(
-                    dout + (b64 * dob + h64 * doh + i64 * don) * UNIT, local[:, None], tl.arange(0, BDV)[None, :],
-                    don * UNIT, alive_rows, DV, BDV, False,
-                )  # fmt: skip
-                if SEGMENTS:
-                    q_id = tl.load(q_ids + b64 * I + rows, mask=rows < I, other=0)[:, None]
-                else:
-                    q_id = 0
-                for turn_j in range(tl.cdiv(J, BN) if ALL_J else 1):
-                    first_j = (turn_j if ALL_J else tl.program_id(0)) * BN
-                    some = (first_i < i_end) & (first_j < j_end)
-                    if RIGHT:
-                        some &= first_j <= first_i + BM - 1 + high
-                    if LEFT:
-                        some &= first_j + BN - 1 >= first_i + low
-                    if some:
-                        keys = first_j + columns
-                        j64 = first_j.to(tl.int64)
-                        alive = keys < j_end
-                        if ALIVE:
-                            alive &= tl.load(alive_keys + b64 * ab + keys, mask=alive, other=0) != 0
-                        tile_k = _load(
-                            k + (b64 * kb + (h64 // GROUP) * kh + j64 * kn) * UNIT, columns[None, :],
-                            tl.arange(0, BD)[:, None], kn * UNIT, alive[None, :], D, BD, False,
-                        )  # fmt: skip
-                        tile_v = _load(
-                            v + (b64 * vb + (h64 // GROUP) * vh + j64 * vn) * UNIT, columns[None, :],
-                            tl.arange(0, BDV)[:, None], vn * UNIT, alive[None, :], DV, BDV, False,
-                        )  # fmt: skip
-                        s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-                        if SEGMENTS:
-                            kv_id = tl.load(kv_ids + b64 * J + keys, mask=keys < J, other=0)[None, :]
-                        else:
-                            kv_id = 0
-                        s, _ = _tile(
-                            s, keys[None, :] - rows[:, None], low, high, q_id, kv_id, alive[None, :],
-                            mask + b64 * mb + h64 * mh + i64 * mi + j64 * mj,
-                            bias + b64 * bb + h64 * bh + i64 * bi + j64 * bj,
-                            local[:, None] * mi + columns[None, :] * mj, local[:, None] * bi + columns[None, :] * bj,
-                            (rows[:, None] < I) & (keys[None, :] < J),
-                            factor, cap, True, LEFT, RIGHT, SEGMENTS, True, MASK, True, SOFTCAP, PRECISE,
-                        )  # fmt: skip
-                        p = tl.exp(s - m) * one
-                        dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
-                        if THRESHOLD:
-                            quads = first_j // 4 + tl.arange(0, BN // 4)
-                            keep = _keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, False)
-                            dp = tl.where(keep, dp * kept, 0.0)
-                        acc += p * (dp - slope)
+        rows = first_i + local
+        alive_rows = (rows < i_end)[:, None]
+        of_row = (b64 * H + h64) * P + rows
+        keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, first_j, J, j_end, BN, ALIVE, SEGMENTS)
+        added = _pairs(
+            bias + (b64 * bb + h64 * bh + i64 * bi) * BIAS_UNIT + j64 * BJ, local[:, None] * bi * BIAS_UNIT,
+            columns[None, :] * BJ, (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS,
+        )  # fmt: skip
+        if MASK:
+            seen = _pairs(
+                mask + (b64 * mb + h64 * mh + i64 * mi) * MASK_UNIT + j64 * MJ, local[:, None] * mi * MASK_UNIT,
+                columns[None, :] * MJ, (rows < I)[:, None], (keys < J)[None, :], 0, EVEN_KEYS,
+            )  # fmt: skip
+        else:
+            seen = 0
+        tile_q = _load(
+            q + (b64 * qb + h64 * qh) * UNIT + i64 * QN, local[:, None] * QN, tl.arange(0, BD)[None, :], alive_rows,
+            D, BD, False,
+        )  # fmt: skip
+        tile_do = _load(
+            dout + (b64 * dob + h64 * doh) * UNIT + i64 * DON, local[:, None] * DON, tl.arange(0, BDV)[None, :],
+            alive_rows, DV, BDV, False,
+        )  # fmt: skip
+        tile_k = _load(
+            k + (b64 * kb + (h64 // GROUP) * kh) * UNIT + j64 * KN, columns[None, :] * KN, tl.arange(0, BD)[:, None],
+            alive[None, :], D, BD, False,
+        )  # fmt: skip
+        tile_v = _load(
+            v + (b64 * vb + (h64 // GROUP) * vh) * UNIT + j64 * VN, columns[None, :] * VN, tl.arange(0, BDV)[:, None],
+            alive[None, :], DV, BDV, False,
+        )  # fmt: skip
+        s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
+        q_id = _rows_ids(q_ids, b64, rows, I, SEGMENTS)
+        s, _ = _tile(
+            s, keys[None, :] - rows[:, None], low, high, q_id[:, None], kv_id[None, :], alive[None, :], seen, added,
+            factor, cap, True, LEFT, RIGHT, SEGMENTS, True, MASK, True, SOFTCAP, PRECISE,
+        )  # fmt: skip
+        m, slope, one = _known(known, of_row)
+        p = _exp(s - m[:, None], False) * one[:, None]
+        dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
+        if THRESHOLD:
+            quads = first_j // 4 + tl.arange(0, BN // 4)
+            dp = tl.where(_keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, False), dp * kept, 0.0)
+        acc += p * (dp - slope[:, None])
 
     # (b|1, h|1, i|1, j|1), contiguous
     wide, tall = 1 if ALL_J else J, 1 if ALL_I else I

@@ -26,11 +26,13 @@ class Output(NamedTuple):
         name: in the dictionary of arrays.
         shape: contiguous.
         dtype: its plain name.
+        used: whether it is written at all; where it is not, any place will do.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    used: bool = True
 
 
 class Launch(NamedTuple):
@@ -95,10 +97,10 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("forward", 2, 128): Tile(64, 64, 4, 3),
     ("forward", 2, 256): Tile(128, 32, 8, 2),
     ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
-    ("query_gradients", 2, 128): Tile(64, 64, 4, 2),
+    ("query_gradients", 2, 128): Tile(128, 64, 8, 3),
     ("query_gradients", 2, 256): Tile(64, 32, 8, 1),
     ("key_gradients", 2, 64): Tile(64, 64, 4, 3),
-    ("key_gradients", 2, 128): Tile(64, 128, 8, 2),
+    ("key_gradients", 2, 128): Tile(64, 64, 4, 2),
     ("key_gradients", 2, 256): Tile(32, 64, 8, 1),
     ("bias_gradients", 2, 64): Tile(64, 64, 4, 2),
     ("bias_gradients", 2, 128): Tile(64, 64, 8, 2),
@@ -115,9 +117,19 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("bias_gradients", 4, 64): Tile(32, 32, 4, 2),
     ("bias_gradients", 4, 128): Tile(32, 32, 4, 1),
     ("bias_gradients", 4, 256): Tile(16, 16, 4, 1),
+    # forward where keys are seen in parts; its queries are those that at most share a program
+    ("split", 2, 64): Tile(64, 64, 4, 3),
+    ("split", 2, 128): Tile(64, 64, 4, 3),
+    ("split", 2, 256): Tile(64, 32, 4, 2),
+    ("split", 4, 64): Tile(64, 32, 4, 2),
+    ("split", 4, 128): Tile(32, 32, 4, 2),
+    ("split", 4, 256): Tile(16, 16, 4, 2),
 }
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, overlaps and list_blocks
+PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
+PROGRAMS = 8 * 132  # that fill a GPU
+PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
 
 
 def refusal(call: Call) -> str | None:
@@ -144,6 +156,20 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def padded_rows(i: int) -> int:
+    """The rows that `top` and its like have for a head, for i queries."""
+    return _cdiv(i, PADDED) * PADDED
+
+
+def parts(call: Call) -> int:
+    """In how many parts the keys are seen, each with the queries of all heads that read them together; 0: not so."""
+    size = tile("split", call)
+    if call.segments or call.h // call.hk * call.i > size.queries:
+        return 0
+    number = min(64, _cdiv(call.j, size.keys) // PART, _cdiv(PROGRAMS, call.b * call.hk))
+    return number if number > 1 else 0
+
+
 def _exact(call: Call) -> bool:
     """Whether a gradient may be finer than out is, so that the way back needs it as it was before it was rounded."""
     return call.dtype != "float32" and any(name not in (None, call.dtype) for name in (call.bias_dtype, call.sinks))
@@ -166,7 +192,7 @@ class Ahead(NamedTuple):
 
 
 def _ahead(call: Call, layout: Layout) -> Ahead:
-    sizes = [tile(name, call) for name in ("forward", "query_gradients", "key_gradients")]
+    sizes = [tile(name, call) for name in ("forward", "split", "query_gradients", "key_gradients")]
     searched = call.segments and (not layout.one_id or call.q_lengths)
     group = min(size for each in sizes for size in each[:2])
     return Ahead(group, call.segments, searched, searched or call.key_masked)
@@ -240,29 +266,48 @@ def plan(call: Call, layout: Layout) -> Plan:
         layout: how its arrays lie.
     """
     ahead = _ahead(call, layout)
-    forward_tile = tile("forward", call)
-    bounds = _bounds(call, layout, ahead, forward_tile.keys, False)
     shared = _Shared(call, layout, ahead)
-    b, h, i = call.b, call.h, call.i
-    blocks = _cdiv(i, forward_tile.queries)
-    exact = _exact(call)
-    constants = shared.constants(forward_tile, call.j % forward_tile.keys == 0 and not call.kv_lengths)
-    forward = Launch(
-        "forward", (blocks, b * h, 1),
-        (*shared.inputs[:11], "sinks" if call.sinks else None, shared.seed, *shared.lists),
-        (h, i, call.j, *shared.qkv, *shared.pairs, *shared.rest),
-        (Output("out", shared.shape(h, i, call.dv), call.dtype),
-         *(Output(name, (b, h, i), "float32") for name in ("lse", "top", "inverse")),
-         Output("exact", shared.shape(h, i, call.dv) if exact else (b, 1), "float32")),
-        constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed, "SINKS": call.sinks is not None,
-                     "POSITIVE": call.scale > 0, "EXACT": exact},
-        forward_tile.warps, forward_tile.stages,
+    b, h, hk, i = call.b, call.h, call.hk, call.i
+    split, exact = parts(call), _exact(call)
+    size = tile("split" if split else "forward", call)
+    if split:
+        size = size._replace(queries=_padded(h // hk * i))
+    launches = _bounds(call, layout, ahead, size.keys, False)
+    plain = shared.base2 and not call.sinks
+    results = (
+        Output("out", shared.shape(h, i, call.dv), call.dtype), Output("lse", (b, h, i), "float32"),
+        Output("top", (b, h, shared.rows), "float32"),
+        Output("inverse", (b, h, 1 if plain else shared.rows), "float32", not plain),
+        Output("exact", shared.shape(h, i, call.dv) if exact else (b, 1), "float32", exact),
     )  # fmt: skip
+    partial = (b * hk, split, h // hk * i)
+    constants = shared.constants(size, call.j % size.keys == 0 and not call.kv_lengths)
+    launches.append(Launch(
+        "forward", (1, b * hk, split) if split else (_cdiv(i, size.queries), b * h, 1),
+        (*shared.inputs[:11], "sinks" if call.sinks else None, shared.seed, *shared.lists),
+        (h, i, call.j, shared.rows, *shared.qkv, *shared.pairs, *shared.rest),
+        (Output("sums", (*partial, call.dv), "float32"), Output("totals", partial, "float32"),
+         Output("tops", partial, "float32"), *(Output("unused", (1,), "float32", False),) * 2)
+        if split else results,
+        constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed, "SINKS": call.sinks is not None,
+                     "POSITIVE": call.scale > 0, "EXACT": exact, "SPLIT": split > 0},
+        size.warps, size.stages,
+    ))  # fmt: skip
+    if split:
+        launches.append(Launch(
+            "join", (h // hk * i, b * hk, 1),
+            ("sums", "totals", "tops", "sinks" if call.sinks else None, "q_lengths" if call.q_lengths else None),
+            (h, i, shared.rows, split, shared.kept), results,
+            {"GROUP": h // hk, "DV": call.dv, "BDV": _padded(call.dv), "PARTS": 1 << (split - 1).bit_length(),
+             "BNHD": shared.bnhd, "Q_LENGTHS": call.q_lengths, "SINKS": call.sinks is not None,
+             "BASE2": shared.base2, "EXACT": exact}, 4, 1,
+        ))  # fmt: skip
+
     @lru_cache(maxsize=64)
     def backward(dout: Strides, wants_bias: bool, has_dlse: bool) -> tuple[Launch, ...]:
         return _backward(call, layout, ahead, shared, dout, wants_bias, has_dlse)
 
-    return Plan((*bounds, forward), backward)
+    return Plan(tuple(launches), backward)
 
 
 class _Shared:
@@ -271,7 +316,8 @@ class _Shared:
     def __init__(self, call: Call, layout: Layout, ahead: Ahead) -> None:
         self.call, self.layout, self.ahead = call, layout, ahead
         self.bnhd = call.layout == "bnhd"
-        self.base2 = call.bias is None and call.sinks is None  # there numbers may be as low as they go
+        self.base2 = call.bias is None  # which may be as low as numbers go
+        self.rows = padded_rows(call.i)
         log2e = LOG2E if self.base2 else 1.0
         self.factor = call.scale * log2e if call.softcap is None else call.scale / call.softcap
         self.cap = 0.0 if call.softcap is None else call.softcap * log2e
@@ -284,9 +330,10 @@ class _Shared:
             "kv_lengths" if call.kv_lengths else None, "q_offset" if layout.offset else None,
         )  # fmt: skip
         self.unit = 8 if all(x % 8 == 0 for x in (*layout.q, *layout.k, *layout.v)) else 1
-        self.qkv = tuple(x // self.unit for x in (*layout.q, *layout.k, *layout.v))
-        none = (0, 0, 0, 0)
-        self.pairs = (*(layout.mask if self.dense_mask and layout.mask else none), *(layout.bias or none), call.j)
+        self.qkv = tuple(x // self.unit for of in layout[:3] for x in of[:2])
+        self.mask, self.mask_unit = _in_units(layout.mask if self.dense_mask else None, 16)
+        self.bias, self.bias_unit = _in_units(layout.bias, 8)
+        self.pairs = (*self.mask[:3], *self.bias[:3])
         left, right = (0 if x is None else min(x, 2 * FAR) for x in (call.left, call.right))
         at = {"zero": 0, "end": call.j - call.i, "data": layout.at}[call.offset]
         at = max(-FAR, min(FAR, at))
@@ -313,13 +360,23 @@ class _Shared:
         return {
             "GROUP": call.h // call.hk, "D": call.d, "DV": call.dv, "BD": _padded(call.d), "BDV": _padded(call.dv),
             "BM": size.queries, "BN": size.keys, "G": self.ahead.group, "UNIT": self.unit,
+            "QN": self.layout.q[2], "KN": self.layout.k[2], "VN": self.layout.v[2],
+            "MASK_UNIT": self.mask_unit, "MJ": self.mask[3], "BIAS_UNIT": self.bias_unit, "BJ": self.bias[3],
             "LEFT": call.left is not None, "RIGHT": call.right is not None, "OFFSET": self.layout.offset,
             "SEGMENTS": call.segments, "Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths,
             "ALIVE": self.ahead.listed, "MASK": self.dense_mask, "BIAS": call.bias is not None,
             "SOFTCAP": call.softcap is not None, "THRESHOLD": threshold(call.dropout) if call.dropout else 0,
-            "BASE2": self.base2, "EVEN": even, "PRECISE": call.dtype == "float32",
+            "BASE2": self.base2, "EVEN": even, "EVEN_KEYS": call.j % size.keys == 0, "PRECISE": call.dtype == "float32",
             "WIDEN": INTERPRETED and call.dtype == "bfloat16",
         }  # fmt: skip
+
+
+def _in_units(strides: Strides | None, unit: int) -> tuple[Strides, int]:
+    """Strides of (b, h, i, j), all but the last in units of so many elements; and the unit, 1 where that can't be."""
+    if strides is None:
+        return (0, 0, 0, 0), 1
+    unit = unit if strides[3] in (0, 1) and all(x % unit == 0 for x in strides[:3]) else 1
+    return (*(x // unit for x in strides[:3]), strides[3]), unit
 
 
 def _backward(
@@ -327,17 +384,18 @@ def _backward(
 ) -> tuple[Launch, ...]:
     b, h, hk, i, j, d, dv = call.b, call.h, call.hk, call.i, call.j, call.d, call.dv
     unit = shared.unit if all(x % shared.unit == 0 for x in dout) else 1
-    qkv = tuple(x * shared.unit // unit for x in shared.qkv) + tuple(x // unit for x in dout)
-    blocks = _cdiv(i, ROWS)
+    qkv = tuple(x * shared.unit // unit for x in shared.qkv) + tuple(x // unit for x in dout[:2])
+    rows, blocks = shared.rows, shared.rows // ROWS
     sinks = "sinks" if call.sinks else None
     sums = Launch(
         "row_sums", (blocks, b * h, 1),
-        ("exact" if _exact(call) else "out", "dout", "dlse" if has_dlse else None, "top", "inverse", sinks,
-         "q_lengths" if call.q_lengths else None),
-        (h, i, *(x // unit for x in dout)),
-        (Output("delta", (b, h, i), "float32"), Output("partial", (b, h, blocks), "float32")),
-        {"DV": dv, "BDV": _padded(dv), "BM": ROWS, "UNIT": unit, "BNHD": shared.bnhd, "Q_LENGTHS": call.q_lengths,
-         "LSE": has_dlse, "SINKS": call.sinks is not None}, 4, 1,
+        ("exact" if _exact(call) else "out", "dout", "dlse" if has_dlse else None, "top",
+         "inverse" if call.sinks or not shared.base2 else None, sinks, "q_lengths" if call.q_lengths else None),
+        (h, i, rows, *qkv[-2:]),
+        (Output("known", (b, h, rows, 2, 2), "float32"),
+         Output("partial", (b, h, blocks) if call.sinks else (b, 1, 1), "float32", call.sinks is not None)),
+        {"DV": dv, "BDV": _padded(dv), "BM": ROWS, "UNIT": unit, "DON": dout[2], "BNHD": shared.bnhd,
+         "Q_LENGTHS": call.q_lengths, "LSE": has_dlse, "SINKS": call.sinks is not None, "BASE2": shared.base2}, 4, 1,
     )  # fmt: skip
     launches = [*_bounds(call, layout, ahead, tile("query_gradients", call).keys, True), sums]
     if call.sinks is not None:
@@ -346,35 +404,36 @@ def _backward(
             {"BLOCK": MANY}, 4, 1,
         ))  # fmt: skip
     base = (*shared.inputs, shared.seed)
-    saved = ("dout", "top", "inverse", "delta")
+    saved = ("dout", "known")
     size = tile("query_gradients", call)
-    constants = shared.constants(size, j % size.keys == 0 and not call.kv_lengths)
+    more = {"UNIT": unit, "DON": dout[2]}
+    constants = shared.constants(size, j % size.keys == 0 and not call.kv_lengths) | more
     launches.append(Launch(
         "query_gradients", (_cdiv(i, size.queries), b * h, 1),
-        (*base, *shared.lists, *saved), (h, i, j, *qkv, *shared.pairs, *shared.rest, call.scale),
+        (*base, *shared.lists, *saved), (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
         (Output("dq", shared.shape(h, i, d), call.dtype),),
-        constants | {"UNIT": unit, "BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages,
+        constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages,
     ))  # fmt: skip
     size = tile("key_gradients", call)
-    constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths)
+    constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths) | more
     ranges = ("queries_from", "queries_to") if ahead.ranged else (None, None)
     launches.append(Launch(
         "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *ranges, *saved),
-        (h, i, j, *qkv, *shared.pairs, *shared.rest, call.scale),
+        (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
         (Output("dk", shared.shape(hk, j, d), call.dtype), Output("dv", shared.shape(hk, j, dv), call.dtype)),
-        constants | {"UNIT": unit, "BNHD": shared.bnhd}, size.warps, size.stages,
+        constants | {"BNHD": shared.bnhd}, size.warps, size.stages,
     ))  # fmt: skip
     if wants_bias and call.bias is not None and call.bias_dtype is not None:
         size = tile("bias_gradients", call)
         full_b, full_h, full_i, full_j = (x > 1 for x in call.bias)
         grid = (_cdiv(j, size.keys) if full_j else 1, _cdiv(i, size.queries) if full_i else 1,
                 (b if full_b else 1) * (h if full_h else 1))  # fmt: skip
-        constants = shared.constants(size, False)
+        constants = shared.constants(size, False) | more
         constants = {name: x for name, x in constants.items() if name not in ("G", "BIAS", "BASE2", "EVEN")}
         launches.append(Launch(
-            "bias_gradients", grid, (*base, *saved), (b, h, i, j, *qkv, *shared.pairs, *shared.rest),
+            "bias_gradients", grid, (*base, *saved), (b, h, i, j, rows, *qkv, *shared.pairs, *shared.rest),
             (Output("dbias", call.bias, call.bias_dtype),),
-            constants | {"UNIT": unit, "ALL_B": not full_b, "ALL_H": not full_h, "ALL_I": not full_i,
+            constants | {"ALL_B": not full_b, "ALL_H": not full_h, "ALL_I": not full_i,
                          "ALL_J": not full_j},
             size.warps, size.stages,
         ))  # fmt: skip
