@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,34 @@ from attend_shared.layers import (
 from attend_shared.rotary import Rotary, rotation
 
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 products in full, where a device would shorten them
+_BAND = 32
+"""Rows of a matrix that `product` takes at a time."""
+
+
+def product(x: jax.Array, kernel: jax.Array, dimensions: Any, **options: Any) -> jax.Array:
+    """`jax.lax.dot_general` of x (..., c) and a kernel (c, ..., o) as a layer asks for it, by a faster way on a CPU.
+
+    There XLA takes four times as long over bfloat16 unless the sum is float32, as it is inside anyhow, and there are
+    two rows or more: so they are, and the sum is rounded as it would be. For two to four rows of float32, as in a step
+    of decoding, it takes a sixth less time where a matrix goes in bands of its rows, each band's product by itself.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.dot_general(x, kernel, dimensions, **options)
+    (axes, kernel_axes), batch = dimensions
+    outer = x.shape[: x.ndim - len(axes)]
+    rows, width = math.prod(outer), math.prod(x.shape[len(outer) :])
+    if x.dtype == kernel.dtype == jnp.bfloat16 and not batch[0]:
+        wide = jnp.concatenate([x, x]) if rows == 1 else x
+        sums = jax.lax.dot_general(wide, kernel, dimensions, **options | {"preferred_element_type": jnp.float32})
+        return sums[: len(x)].astype(x.dtype)
+    leads = tuple(kernel_axes) == tuple(range(len(axes))) and not batch[0]
+    if x.dtype == kernel.dtype == jnp.float32 and 2 <= rows <= 4 and leads and not width % _BAND:
+        bands = width // _BAND
+        parts = jax.lax.dot_general(  # (bands, rows, o)
+            x.reshape(rows, bands, _BAND), kernel.reshape(bands, _BAND, -1), (((2,), (1,)), ((1,), (0,))), **options
+        )
+        return parts.sum(0).reshape(*outer, *kernel.shape[len(axes) :])
+    return jax.lax.dot_general(x, kernel, dimensions, **options)
 
 
 class MultiHeadAttention(nnx.Module):
@@ -132,7 +161,7 @@ class MultiHeadAttention(nnx.Module):
         ) -> nnx.LinearGeneral:
             return nnx.LinearGeneral(
                 width, heads, axis=axis, use_bias=bias, dtype=dtype, param_dtype=param_dtype, precision=HIGHEST,
-                kernel_init=nnx.initializers.glorot_uniform(), rngs=rngs,
+                kernel_init=nnx.initializers.glorot_uniform(), dot_general=product, rngs=rngs,
             )  # fmt: skip
 
         c, _, _, h, hk, d, dv, bias = sizes

@@ -20,6 +20,7 @@ from transformers.models.qwen3 import modeling_qwen3
 import attend_jax
 import attend_jax.linen
 import attend_torch
+from attend_jax.multihead import HIGHEST, product
 from attend_shared.layers import Cache
 from attend_shared.rotary import Rotary
 
@@ -786,3 +787,27 @@ def test_functions_reach_attend(kind: str) -> None:
         weights = {path: np.float32(w) for path, w in weights_of(layer, options).items()}
         out = CALLS[kind](options, "float32")[0](unflatten_dict(weights), x=np.float32(X), mask_fn=near)
     np.testing.assert_allclose(out, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", 0), ("float32", 3), ("bfloat16", 1), ("bfloat16", 3)])
+def test_a_product_by_another_way_is_the_same(dtype: str, rows: int) -> None:
+    """With the contracted axes where query, out and a tied head have them, gradients included."""
+    draw = np.random.default_rng(0).standard_normal
+    for x, kernel, axes in (
+        ((1, rows, 64), (64, 3, 5), ((2,), (0,))),
+        ((rows, 1, 4, 16), (4, 16, 7), ((2, 3), (0, 1))),
+        ((1, rows, 64), (7, 64), ((2,), (1,))),
+        ((rows, 33), (33, 7), ((1,), (0,))),
+    ):
+        given = [jnp.asarray(draw(shape), dtype) for shape in (x, kernel)]
+
+        def call(function: Any, x: Any, kernel: Any, axes: Any = axes) -> Any:
+            out, back = jax.vjp(lambda *both: function(*both, (axes, ((), ())), precision=HIGHEST), x, kernel)
+            return out, *back(jnp.ones_like(out))
+
+        found, expected = (jax.jit(call, static_argnums=0)(each, *given) for each in (product, jax.lax.dot_general))
+        for one, other in zip(found, expected, strict=True):
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+            exact = np.asarray(other, np.float64)
+            size = np.abs(exact).max(initial=1.0) * float(jnp.finfo(dtype).eps)
+            assert np.abs(np.asarray(one, np.float64) - exact).max(initial=0.0) <= 4 * size

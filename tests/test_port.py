@@ -162,3 +162,10 @@ def test_a_config_that_leaves_out_what_has_a_default_is_verified(tmp_path: Path)
 def test_nan_is_over_every_budget() -> None:
     layer = port.Layer("layer 1", (1,), 1.0, float("nan"), 0.0, 1.0)
     assert not layer.passed and layer._replace(error=1.0).passed
+
+
+def test_the_page_says_what_was_measured() -> None:
+    """`python -m benchmarks.port --page` renews it."""
+    from benchmarks.port import PAGE, published
+
+    assert PAGE.read_text() == published()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from attend_jax.arrays import FRAMEWORK
 from attend_jax.attend import Array
 from attend_jax.linen.module import Attend
-from attend_jax.multihead import HIGHEST, empty_cache, forward, keys_values, normalise
+from attend_jax.multihead import HIGHEST, empty_cache, forward, keys_values, normalise, product
 from attend_shared.call import check_module
 from attend_shared.layers import Cache, Sizes, check_context, check_layer
 from attend_shared.rotary import Rotary
@@ -119,7 +119,7 @@ class MultiHeadAttention(nn.Module):
         def linear(heads: int | tuple[int, int], bias: bool, axis: Any = -1) -> nn.DenseGeneral:
             return nn.DenseGeneral(
                 heads, axis=axis, use_bias=bias, dtype=self.dtype, param_dtype=self.param_dtype, precision=HIGHEST,
-                kernel_init=nn.initializers.glorot_uniform(),
+                kernel_init=nn.initializers.glorot_uniform(), dot_general=product,
             )  # fmt: skip
 
         _, _, out_dim, h, hk, d, dv, bias = self.sizes

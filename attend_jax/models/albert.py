@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from attend_jax.models.blocks import ACTIVATIONS
-from attend_jax.models.encoder import Encoder, EncoderSizes, check
-from attend_jax.models.family import Family, Plan
+from attend_jax.models.encoder import HEADS, Encoder, EncoderSizes, check
+from attend_jax.models.family import Family, Plan, under, unread
 from attend_jax.models.options import MOST_LAYERS, Options
 from attend_shared.rules import attention, embedding, layer_norm, linear
 
 
 def plan(options: Options, architecture: str) -> Plan:
     """The layers fall into groups, one after the other, whose weights are the same."""
+    head = HEADS[architecture.removeprefix("Albert")]
     sizes = EncoderSizes(
         vocabulary=options.size("vocab_size"),
         width=options.size("hidden_size"),
@@ -24,11 +25,12 @@ def plan(options: Options, architecture: str) -> Plan:
         activation=options.choice("hidden_act", "gelu_new", ACTIVATIONS),
         eps=options.eps("layer_norm_eps", 1e-12),
         expand=True,
+        head=head,
+        labels=options.labels() if head else 0,
     )
     check(options, sizes)
     options.choice("position_embedding_type", "absolute", ("absolute",))
     options.choice("inner_group_num", 1, (1,))
-    options.get("tie_word_embeddings")  # there is no head here
     there, here = "encoder.albert_layer_groups.{l}.albert_layers.0", "layers.{l}"
     rules = [
         *embedding("embeddings.word_embeddings", "tokens"),
@@ -42,9 +44,22 @@ def plan(options: Options, architecture: str) -> Plan:
         *linear(f"{there}.ffn", f"{here}.mlp.up"),
         *linear(f"{there}.ffn_output", f"{here}.mlp.down"),
         *layer_norm(f"{there}.full_layer_layer_norm", f"{here}.mlp_norm"),
-        *linear("pooler", "pooler"),
+        *(linear("pooler", "pooler") if sizes.pooled else unread("pooler")),
     ]
-    return Plan(lambda dtype, rngs: Encoder(sizes, dtype, rngs), rules, {"h": sizes.heads})
+    prefix = "albert." if head else ""
+    rules = under(prefix, rules) + {
+        "": [],
+        "vocabulary": [
+            *linear("predictions.dense", "head.dense"),
+            *layer_norm("predictions.LayerNorm", "head.norm"),
+            "predictions.bias <-> head.bias",
+            "predictions.decoder.bias = predictions.bias",
+            "predictions.decoder.weight = albert.embeddings.word_embeddings.weight",
+            *unread("sop_classifier.classifier"),  # of the class that it was pretrained as
+        ],
+        "span": linear("qa_outputs", "head"),
+    }.get(head, linear("classifier", "head"))
+    return Plan(lambda dtype, rngs: Encoder(sizes, dtype, rngs), rules, {"h": sizes.heads}, prefix)
 
 
-FAMILY = Family("albert", "ALBERT", ("AlbertModel",), plan)
+FAMILY = Family("albert", "ALBERT", tuple(f"Albert{end}" for end in HEADS), plan)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from attend_jax.models.blocks import ACTIVATIONS
-from attend_jax.models.encoder import Encoder, EncoderSizes, check
-from attend_jax.models.family import Family, Plan
+from attend_jax.models.encoder import HEADS, Encoder, EncoderSizes, check
+from attend_jax.models.family import Family, Plan, under, unread
 from attend_jax.models.options import Options
 from attend_shared.rules import attention, embedding, layer_norm, linear
 
 
 def plan(options: Options, architecture: str) -> Plan:
-    """Post-norm layers; learned positions; a pooler."""
+    """Post-norm layers; learned positions; a pooler, or a head."""
+    head = HEADS[architecture.removeprefix("Bert")]
     width = options.size("hidden_size")
     sizes = EncoderSizes(
         vocabulary=options.size("vocab_size"),
@@ -24,10 +25,11 @@ def plan(options: Options, architecture: str) -> Plan:
         types=options.size("type_vocab_size", 2),
         activation=options.choice("hidden_act", "gelu", ACTIVATIONS),
         eps=options.eps("layer_norm_eps", 1e-12),
+        head=head,
+        labels=options.labels() if head else 0,
     )
     check(options, sizes)
     options.choice("position_embedding_type", "absolute", ("absolute",))
-    options.get("tie_word_embeddings")  # there is no head here
     there, here = "encoder.layer.{l}", "layers.{l}"
     rules = [
         *embedding("embeddings.word_embeddings", "tokens"),
@@ -44,9 +46,22 @@ def plan(options: Options, architecture: str) -> Plan:
         *linear(f"{there}.intermediate.dense", f"{here}.mlp.up"),
         *linear(f"{there}.output.dense", f"{here}.mlp.down"),
         *layer_norm(f"{there}.output.LayerNorm", f"{here}.mlp_norm"),
-        *linear("pooler.dense", "pooler"),
+        *(linear("pooler.dense", "pooler") if sizes.pooled else unread("pooler.dense")),
     ]
-    return Plan(lambda dtype, rngs: Encoder(sizes, dtype, rngs), rules, {"h": sizes.heads})
+    prefix = "bert." if head else ""
+    rules = under(prefix, rules) + {
+        "": [],
+        "vocabulary": [
+            *linear("cls.predictions.transform.dense", "head.dense"),
+            *layer_norm("cls.predictions.transform.LayerNorm", "head.norm"),
+            "cls.predictions.bias <-> head.bias",
+            "cls.predictions.decoder.bias = cls.predictions.bias",
+            "cls.predictions.decoder.weight = bert.embeddings.word_embeddings.weight",
+            *unread("cls.seq_relationship"),  # of the class that it was pretrained as
+        ],
+        "span": linear("qa_outputs", "head"),
+    }.get(head, linear("classifier", "head"))
+    return Plan(lambda dtype, rngs: Encoder(sizes, dtype, rngs), rules, {"h": sizes.heads}, prefix)
 
 
-FAMILY = Family("bert", "BERT", ("BertModel",), plan)
+FAMILY = Family("bert", "BERT", tuple(f"Bert{end}" for end in HEADS), plan)

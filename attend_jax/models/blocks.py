@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attend_jax.multihead import product
+
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -32,7 +34,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def linear(width: int, out: int, *, bias: bool = True, dtype: Any, rngs: nnx.Rngs) -> nnx.Linear:
     """A dense layer, (..., width) to (..., out)."""
-    return nnx.Linear(width, out, use_bias=bias, param_dtype=dtype, precision=HIGHEST, rngs=rngs)
+    return nnx.Linear(
+        width, out, use_bias=bias, param_dtype=dtype, precision=HIGHEST, dot_general=product, rngs=rngs
+    )
 
 
 def embed(count: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Embed:
@@ -42,7 +46,7 @@ def embed(count: int, width: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Embed:
 
 def unembed(table: nnx.Embed, x: jax.Array) -> jax.Array:
     """The logits of a tied head: (..., width) to (..., vocabulary)."""
-    return jnp.einsum("...c,vc->...v", x, table.embedding[...], precision=HIGHEST)
+    return product(x, table.embedding[...], (((x.ndim - 1,), (1,)), ((), ())), precision=HIGHEST)
 
 
 def _wide(x: jax.Array) -> jax.Array:
@@ -119,6 +123,17 @@ def key_mask(attention_mask: Any, shape: tuple[int, ...]) -> jax.Array | None:
         raise ValueError(f"attention_mask: expected shape {shape}, that of input_ids, got {mask.shape}. "
                          "Pass the tokenizer's own, 1 for a real token and 0 for padding.")  # fmt: skip
     return mask.astype(bool)
+
+
+def mask_bias(mask: jax.Array | None, dtype: Any) -> jax.Array | None:
+    """A key mask (b, n) as a bias (b, 1, 1, n) of 0 and -inf, for keys that are known to be finite.
+
+    `attend` promises that NaN in a masked key reaches nothing, and for that copies all keys and values. Those of a
+    cache come from the model itself, which would be lost to NaN anyhow, and are many for a single query.
+    """
+    if mask is None:
+        return None
+    return jnp.where(mask, 0.0, -jnp.inf).astype(dtype)[:, None, None]
 
 
 def token_ids(input_ids: Any) -> jax.Array:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from attend_jax.models import blocks
 from attend_jax.models.blocks import LayerNorm, RMSNorm
+from attend_jax.models.encoder import LogitsOutput
 from attend_jax.multihead import MultiHeadAttention
 from attend_jax.rotary import Rotary
 from attend_shared.layers import Cache
@@ -32,6 +33,23 @@ class CausalLMOutput(NamedTuple):
     hidden_states: tuple[jax.Array, ...] | None = None
 
 
+class DecoderOutput(NamedTuple):
+    """What a language model without its head gives.
+
+    Attributes:
+        last_hidden_state: (b, n, width), after the final norm.
+        past_key_values, hidden_states: as in `CausalLMOutput`.
+    """
+
+    last_hidden_state: jax.Array
+    past_key_values: tuple[Cache, ...] | None = None
+    hidden_states: tuple[jax.Array, ...] | None = None
+
+
+HEADS = {"ForCausalLM": "tokens", "LMHeadModel": "tokens", "ForSequenceClassification": "text", "Model": ""}
+"""What a class of transformers has on its decoder, by the end of its name; the first that fits."""
+
+
 @dataclass(frozen=True)
 class DecoderSizes:
     """What is to be built.
@@ -43,6 +61,9 @@ class DecoderSizes:
         positions: how many a table of learned positions has; None where there is none.
         post_norms: whether the two parts of a layer are normalised before they are added, as well as before they start.
         tied: whether the head is the table of tokens.
+        head: out of `HEADS`.
+        labels: what a head for texts tells apart.
+        pad: the token after which nothing counts for such a head; None where there is none.
     """
 
     vocabulary: int
@@ -68,6 +89,9 @@ class DecoderSizes:
     embed_scale: float = 1.0
     post_norms: bool = False
     tied: bool = True
+    head: str = "tokens"
+    labels: int = 0
+    pad: int | None = None
 
 
 def _norm(sizes: DecoderSizes, dtype: Any, rngs: nnx.Rngs) -> LayerNorm | RMSNorm:
@@ -96,10 +120,10 @@ class DecoderLayer(nnx.Module):
         self.post_mlp_norm = _norm(sizes, dtype, rngs) if sizes.post_norms else None
 
     def __call__(
-        self, x: jax.Array, mask: jax.Array | None, positions: jax.Array, cache: Cache | None
+        self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None, positions: jax.Array, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        """x (b, i, width), mask (b, j), positions (b, i)."""
-        out = self.attention(self.attention_norm(x), mask=mask, positions=positions, cache=cache)
+        """x (b, i, width), mask (b, j), bias (b, 1, 1, j), positions (b, i)."""
+        out = self.attention(self.attention_norm(x), mask=mask, bias=bias, positions=positions, cache=cache)
         out, cache = (out, None) if cache is None else out
         x = x + (out if self.post_attention_norm is None else self.post_attention_norm(out))
         out = self.mlp(self.mlp_norm(x))
@@ -107,7 +131,7 @@ class DecoderLayer(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """Tokens to the logits of the token that follows each."""
+    """Tokens to the logits of the token that follows each, or with another head or none."""
 
     def __init__(self, sizes: DecoderSizes, dtype: Any, rngs: nnx.Rngs) -> None:
         self.sizes = sizes
@@ -118,14 +142,13 @@ class CausalLM(nnx.Module):
         )
         self.layers = nnx.List([DecoderLayer(sizes, n, dtype, rngs) for n in range(sizes.layers)])
         self.norm = _norm(sizes, dtype, rngs)
-        self.head = (
-            None if sizes.tied else blocks.linear(sizes.width, sizes.vocabulary, bias=False, dtype=dtype, rngs=rngs)
-        )
+        count = {"text": sizes.labels, "tokens": 0 if sizes.tied else sizes.vocabulary}.get(sizes.head, 0)
+        self.head = blocks.linear(sizes.width, count, bias=False, dtype=dtype, rngs=rngs) if count else None
 
     def __call__(
         self, input_ids: Any, attention_mask: Any = None, *, past_key_values: tuple[Cache, ...] | None = None,
         position_ids: Any = None, logits_to_keep: int = 0, output_hidden_states: bool = False,
-    ) -> CausalLMOutput:  # fmt: skip
+    ) -> CausalLMOutput | DecoderOutput | LogitsOutput:  # fmt: skip
         """The logits of a batch, after what the caches hold.
 
         Args:
@@ -138,9 +161,14 @@ class CausalLM(nnx.Module):
             output_hidden_states: whether to return what every layer gives.
 
         Returns:
-            CausalLMOutput, under the names that transformers has.
+            CausalLMOutput, or what there is without that head, under the names that transformers has.
         """
         ids = blocks.token_ids(input_ids)
+        if self.sizes.head == "text" and past_key_values:
+            raise ValueError("past_key_values: expected None, since a text is judged whole, got caches. Leave it out.")
+        if self.sizes.head == "text" and self.sizes.pad is None and len(ids) > 1:
+            raise ValueError(f"input_ids: expected a single text, since without a pad_token_id in the checkpoint it is "
+                             f"unknown where others end, got {len(ids)}. Pass them one by one.")  # fmt: skip
         caches = past_key_values or (None,) * self.sizes.layers
         start = jnp.int32(0)
         keys = ids.shape[1]
@@ -158,19 +186,38 @@ class CausalLM(nnx.Module):
             x = x * jnp.asarray(self.sizes.embed_scale, x.dtype)
         if self.positions is not None:
             x = x + self.positions(position_ids)
+        bias = None
+        if past_key_values:
+            bias, mask = blocks.mask_bias(mask, x.dtype), None
         states, new = [x], list[Any]()
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, mask, position_ids, cache)
+            x, cache = layer(x, mask, bias, position_ids, cache)
             states.append(x)
             new.append(cache)
         x = self.norm(x)
+        kept = tuple(new) if past_key_values else None, (*states[:-1], x) if output_hidden_states else None
+        if self.sizes.head == "":
+            return DecoderOutput(x, *kept)
+        if self.sizes.head == "text":
+            assert self.head is not None
+            return LogitsOutput(self.head(self._last(x, ids)), kept[1])
         last = x[:, -logits_to_keep:]
         logits = blocks.unembed(self.tokens, last) if self.head is None else self.head(last)
         if self.sizes.logit_softcap is not None:
             logits = self.sizes.logit_softcap * jnp.tanh(logits / self.sizes.logit_softcap)
-        return CausalLMOutput(
-            logits, tuple(new) if past_key_values else None, (*states[:-1], x) if output_hidden_states else None
-        )
+        return CausalLMOutput(logits, *kept)
+
+    def _last(self, x: jax.Array, ids: jax.Array) -> jax.Array:
+        """What stands at the last token that is no padding, (b, width) of (b, n, width): by its id, not by the mask."""
+        if self.sizes.pad is None:
+            return x[:, -1]
+        at = jnp.argmax(jnp.where(ids != self.sizes.pad, jnp.arange(ids.shape[1]), 0), 1)
+        return jnp.take_along_axis(x, at[:, None, None], 1)[:, 0]
+
+    @property
+    def writes(self) -> bool:
+        """Whether it gives the logits of tokens."""
+        return self.sizes.head == "tokens"
 
     def make_caches(self, batch: int, length: int) -> tuple[Cache, ...]:
         """Empty caches, one for each layer, with room for `length` tokens."""

@@ -12,8 +12,9 @@ from attend_shared.rules import rms_norm
 def plan(options: Options, architecture: str) -> Plan:
     """Norms are stored as their distance from 1; embeddings are multiplied by the root of their width."""
     fields = llama.common(
-        options, kv_heads=4, head_dim=256, activation="hidden_activation", default="gelu_pytorch_tanh", tied=True
-    )
+        options, architecture, kv_heads=4, head_dim=256, activation="hidden_activation", default="gelu_pytorch_tanh",
+        tied=True,
+    )  # fmt: skip
     if options.get("hidden_act", fields["activation"]) != fields["activation"]:  # an older name, which is not read
         options.refuse("hidden_act", f"expected that of hidden_activation, got {options.get('hidden_act')!r}")
     options.choice("use_bidirectional_attention", False, (False,))
@@ -51,4 +52,4 @@ def _cap(options: Options, name: str, default: float) -> float | None:
     return cap
 
 
-FAMILY = Family("gemma2", "Gemma 2", ("Gemma2ForCausalLM",), plan)
+FAMILY = Family("gemma2", "Gemma 2", llama.classes("Gemma2"), plan)

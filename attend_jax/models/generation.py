@@ -64,7 +64,7 @@ class _Run(NamedTuple):
         step: how many there are.
         done: (b,), whether a sequence has ended.
         positions: (b,), of the last token.
-        mask: (b, slots), which keys are real.
+        mask: (b, slots), which keys are real; None is all of them.
         carried: what the model keeps: its caches, and what a decoder reads of an encoder.
         key: for sampling.
     """
@@ -73,7 +73,7 @@ class _Run(NamedTuple):
     step: jax.Array
     done: jax.Array
     positions: jax.Array
-    mask: jax.Array
+    mask: jax.Array | None
     carried: Any
     key: jax.Array
 
@@ -103,7 +103,8 @@ def generate(
         model: a language model that `from_pretrained` made.
         input_ids: integers (b, n), padded on the left; for an encoder padded anywhere, or floating input_features
             (b, bands, frames).
-        attention_mask: (b, n), 1 or true for a real token; None is all of them.
+        attention_mask: (b, n), 1 or true for a real token; None is, as in transformers, all that are no pad_token_id,
+            unless that is a token that ends a sequence, or there is none.
         decoder_input_ids: integers (b, m) without padding, what is continued after an encoder, beginning with
             decoder_start_token_id; None is that alone. Whisper needs them: they say language, task and timestamps.
         max_new_tokens: how many tokens are made at most.
@@ -132,7 +133,12 @@ def generate(
     References:
         docs/porting.md. Holtzman et al., The curious case of neural text degeneration (2020): top_p.
     """
+    if not getattr(model, "writes", False):
+        raise TypeError(f"model: expected a language model with its head, such as a LlamaForCausalLM, got "
+                        f"{type(model).__name__}, which gives no logits of tokens here.")  # fmt: skip
     settings, rules = _settings(model, eos_token_id, pad_token_id, SETTLED if decoder_input_ids is not None else ())
+    if attention_mask is None:
+        attention_mask = _not_padding(input_ids, settings["pad_token_id"], rules.eos)
     ids, mask, given = _prompts(model, settings, input_ids, attention_mask, decoder_input_ids)
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: expected a whole number >= 1, got {max_new_tokens!r}.")
@@ -153,7 +159,8 @@ def generate(
     key = jax.random.key(0) if key is None else key
     graph, state = nnx.split(model)
     with progress.bar("generating", max_new_tokens, show_progress) as told:
-        run = _start(graph, state, given, ids, jnp.asarray(mask), key, max_new_tokens, rules, sampling)
+        real = None if mask.all() else jnp.asarray(mask)
+        run = _start(graph, state, given, ids, real, key, max_new_tokens, rules, sampling)
         step = int(run.step)
         told(step)
         while step < max_new_tokens and not bool(run.done.all()):
@@ -185,9 +192,17 @@ def _settings(
     eos = both.get("eos_token_id") if eos is None else eos
     ends = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     pad = both.get("pad_token_id") if pad is None else pad
+    both["pad_token_id"] = pad
     source = asked or both  # config.json says nothing of them where there is the other file
     never, first = (tuple(source.get(name) or ()) for name in ("suppress_tokens", "begin_suppress_tokens"))
     return both, Rules(ends, (ends[0] if ends else 0) if pad is None else pad, never, first)
+
+
+def _not_padding(input_ids: Any, pad: int | None, ends: tuple[int, ...]) -> np.ndarray | None:
+    """Which tokens are real where nobody says it; None is all of them, as of anything else than tokens."""
+    if pad is None or pad in ends or not np.issubdtype((ids := np.asarray(input_ids)).dtype, np.integer):
+        return None
+    return ids != pad if (ids == pad).any() else None
 
 
 def _prompts(
@@ -231,8 +246,8 @@ def _prompts(
 
 @partial(jax.jit, static_argnums=(0, 6, 7, 8))
 def _start(
-    graph: Any, state: Any, given: tuple[Any, Any] | None, ids: jax.Array, mask: jax.Array, key: jax.Array, count: int,
-    rules: Rules, sampling: Sampling,
+    graph: Any, state: Any, given: tuple[Any, Any] | None, ids: jax.Array, mask: jax.Array | None, key: jax.Array,
+    count: int, rules: Rules, sampling: Sampling,
 ) -> _Run:  # fmt: skip
     """Read the prompts and make the first token."""
     model = nnx.merge(graph, state)
@@ -241,8 +256,11 @@ def _start(
         carried = model.make_caches(b, n + count)
     else:
         carried = model.begin(model.encode(*given)[-1], given[1], n + count)
-    positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), 1) - 1, 0)
-    wide = jnp.concatenate([mask, jnp.ones((b, count), bool)], 1)
+    if mask is None:
+        positions, wide = jnp.broadcast_to(jnp.arange(n, dtype=jnp.int32), (b, n)), None
+    else:
+        positions = jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), 1) - 1, 0)
+        wide = jnp.concatenate([mask, jnp.ones((b, count), bool)], 1)
     out = _writer(model)(ids, wide, past_key_values=carried, position_ids=positions, logits_to_keep=1)
     tokens = jnp.full((b, count), rules.pad, jnp.int32)
     run = _Run(tokens, jnp.int32(0), jnp.zeros(b, bool), positions[:, -1], wide, out.past_key_values, key)

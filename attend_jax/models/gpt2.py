@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from attend_jax.models import llama
 from attend_jax.models.blocks import ACTIVATIONS
 from attend_jax.models.decoder import CausalLM, DecoderSizes
-from attend_jax.models.family import Family, Plan
+from attend_jax.models.family import Family, Plan, bare
 from attend_jax.models.options import Options
-from attend_shared.rules import embedding, layer_norm, linear
+from attend_shared.rules import embedding, layer_norm
 
 
 def plan(options: Options, architecture: str) -> Plan:
@@ -31,6 +32,7 @@ def plan(options: Options, architecture: str) -> Plan:
         positions=options.size("n_positions", 1024),
         scale=None if options.flag("scale_attn_weights", True) else 1.0,
         tied=options.flag("tie_word_embeddings", True),
+        **llama.head(options, architecture),
     )
     options.get("n_ctx")  # another name of n_positions
     options.choice("scale_attn_by_inverse_layer_idx", False, (False,))
@@ -52,9 +54,11 @@ def plan(options: Options, architecture: str) -> Plan:
         f"{there}.mlp.c_proj.weight <-> {here}.mlp.down.kernel",
         f"{there}.mlp.c_proj.bias <-> {here}.mlp.down.bias",
         *layer_norm("transformer.ln_f", "norm"),
-        *(["lm_head.weight = transformer.wte.weight"] if sizes.tied else linear("lm_head", "head", bias=False)),
+        *llama.head_rules(sizes, "transformer.wte.weight"),
     ]
+    if sizes.head == "":
+        return Plan(lambda dtype, rngs: CausalLM(sizes, dtype, rngs), bare("transformer.", rules), {"h": heads})
     return Plan(lambda dtype, rngs: CausalLM(sizes, dtype, rngs), rules, {"h": heads}, "transformer.")
 
 
-FAMILY = Family("gpt2", "GPT-2", ("GPT2LMHeadModel",), plan)
+FAMILY = Family("gpt2", "GPT-2", ("GPT2LMHeadModel", "GPT2Model", "GPT2ForSequenceClassification"), plan)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from attend_jax.models.blocks import ACTIVATIONS
-from attend_jax.models.decoder import CausalLM, DecoderSizes
-from attend_jax.models.family import Family, Plan
+from attend_jax.models.decoder import HEADS, CausalLM, DecoderSizes
+from attend_jax.models.family import Family, Plan, bare
 from attend_jax.models.options import Options
 from attend_jax.rotary import Rotary
 from attend_shared.rules import attention, embedding, linear, rms_norm
@@ -16,17 +16,34 @@ def plan(options: Options, architecture: str) -> Plan:
     """Biases of attention and MLP as the config says."""
     bias = options.flag("attention_bias", False)
     mlp_bias = options.flag("mlp_bias", False)
-    return finish(DecoderSizes(**common(options), bias=(bias,) * 4, mlp_bias=mlp_bias))
+    return finish(DecoderSizes(**common(options, architecture), bias=(bias,) * 4, mlp_bias=mlp_bias))
+
+
+def classes(name: str) -> tuple[str, ...]:
+    """Those of transformers whose checkpoints can be read."""
+    return tuple(f"{name}{end}" for end in ("ForCausalLM", "Model", "ForSequenceClassification"))
+
+
+def head(options: Options, architecture: str) -> dict[str, Any]:
+    """What a class has on its decoder, as fields of `DecoderSizes`."""
+    kind = next(kind for end, kind in HEADS.items() if architecture.endswith(end))
+    if kind != "text":
+        return {"head": kind}
+    pad = options.get("pad_token_id")
+    if pad is not None:
+        pad = options.size("pad_token_id", least=0)
+    return {"head": kind, "labels": options.labels(), "pad": pad}
 
 
 def common(
-    options: Options, *, kv_heads: int | None = None, head_dim: int | None = None, activation: str = "hidden_act",
-    default: str = "silu", tied: bool = False,
+    options: Options, architecture: str, *, kv_heads: int | None = None, head_dim: int | None = None,
+    activation: str = "hidden_act", default: str = "silu", tied: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """The options that all of these families have, as fields of `DecoderSizes`.
 
     Args:
         options: the config.
+        architecture: the class of transformers.
         kv_heads: where num_key_value_heads is left out; None is as many as heads. One that is null is, everywhere.
         head_dim: where head_dim is left out; None is hidden_size // num_attention_heads.
         activation, default: the option of the activation, and its value where it is left out.
@@ -56,6 +73,7 @@ def common(
         "eps": options.eps("rms_norm_eps", 1e-6),
         "rotary": rotary(options),
         "tied": options.flag("tie_word_embeddings", tied),
+        **head(options, architecture),
     }
 
 
@@ -116,16 +134,23 @@ def rules(sizes: DecoderSizes) -> list[str]:
     if sizes.qk_norm:
         found += rms_norm(f"{there}.self_attn.q_norm", f"{here}.attention.query_norm")
         found += rms_norm(f"{there}.self_attn.k_norm", f"{here}.attention.key_norm")
-    head = ["lm_head.weight = model.embed_tokens.weight"] if sizes.tied else linear("lm_head", "head", bias=False)
-    return found + head
+    return found + head_rules(sizes, "model.embed_tokens.weight")
+
+
+def head_rules(sizes: DecoderSizes, table: str) -> list[str]:
+    """The names of a head; `table` is that of the tokens."""
+    if sizes.head != "tokens":
+        return linear("score", "head", bias=False) if sizes.head else []
+    return [f"lm_head.weight = {table}"] if sizes.tied else linear("lm_head", "head", bias=False)
 
 
 def finish(sizes: DecoderSizes, lines: list[str] | None = None) -> Plan:
     """A plan for these sizes, under Llama's names unless others are given."""
-    return Plan(
-        lambda dtype, rngs: CausalLM(sizes, dtype, rngs), rules(sizes) if lines is None else lines,
-        {"h": sizes.heads, "k": sizes.kv_heads}, "model.",
-    )  # fmt: skip
+    lines = rules(sizes) if lines is None else lines
+    counts = {"h": sizes.heads, "k": sizes.kv_heads}
+    if sizes.head == "":
+        return Plan(lambda dtype, rngs: CausalLM(sizes, dtype, rngs), bare("model.", lines), counts)
+    return Plan(lambda dtype, rngs: CausalLM(sizes, dtype, rngs), lines, counts, "model.")
 
 
-FAMILY = Family("llama", "Llama", ("LlamaForCausalLM",), plan)
+FAMILY = Family("llama", "Llama", classes("Llama"), plan)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from attend_jax import weights
@@ -29,6 +31,10 @@ FAMILIES: dict[str, Family] = {
 
 GENERATION = "generation_config.json"
 ALIBI = ("bloom", "mpt", "falcon")
+READERS = 2
+"""Parameters that are read at a time."""
+ALIGNMENT = 64
+"""Bytes; JAX takes memory of NumPy that is aligned so as it is on a CPU, and copies other memory."""
 HEADLINE = "{} cannot be read:"
 
 
@@ -64,11 +70,10 @@ def from_pretrained(path: str | os.PathLike[str], dtype: Any = None, *, show_pro
     plan = read_plan(config, str(folder / checkpoints.CONFIG))  # what is refused by name is, whatever the weights
     ported = checkpoints.has_weights(folder, checkpoints.FLAX) and not checkpoints.has_weights(folder)
     stored = checkpoints.read_weights(folder, checkpoints.FLAX if ported else "model")
-    if not ported and plan.prefix and not any(name.startswith(plan.prefix) for name in stored):
-        stored = {plan.prefix + name: each for name, each in stored.items()}
+    stored = stored if ported else plan.named(stored)
     plan = read_plan(config, str(folder / checkpoints.CONFIG), len(stored))
     kind = _dtype(folder, stored, dtype)
-    graph, state = nnx.split(nnx.eval_shape(lambda: plan.make(kind, nnx.Rngs(0))))
+    graph, state = nnx.split(plan.abstract(kind))
     flat = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     expected = {name: leaf.shape for name, (_, leaf) in flat.items()}
     try:
@@ -76,11 +81,13 @@ def from_pretrained(path: str | os.PathLike[str], dtype: Any = None, *, show_pro
         found = carry(stored, rules, to="flax", sizes=plan.sizes, expected=expected)
         _check_dtypes(folder, found, dtype)
         with progress.bar(f"loading {folder.name}", sum(each.nbytes for each in found.values()), show_progress) as step:
-            for name, each in found.items():
-                _, leaf = flat[name]
-                # A copy: an array that shared the file's memory would change with the file.
-                flat[name] = flat[name][0], leaf.replace(jnp.array(each.array(), dtype, copy=True))
-                step(each.nbytes)
+            # The largest first, while there is little else: so pages of the file never add much to the model's memory.
+            names = sorted(found, key=lambda name: -found[name].nbytes)
+            with ThreadPoolExecutor(READERS) as pool:  # copying holds no lock of Python's
+                for name, array in zip(names, pool.map(lambda name: _copied(found[name], dtype), names), strict=True):
+                    where, leaf = flat[name]
+                    flat[name] = where, leaf.replace(array)
+                    step(found[name].nbytes)
     except WeightsError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     model: Any = nnx.merge(graph, nnx.from_flat_state(list(flat.values())))
@@ -88,6 +95,20 @@ def from_pretrained(path: str | os.PathLike[str], dtype: Any = None, *, show_pro
     generation = folder / GENERATION
     model.generation_json = json.dumps(checkpoints.read_json(generation), sort_keys=True) if generation.exists() else ""
     return model
+
+
+def _copied(value: Value, dtype: Any) -> jax.Array:
+    """A parameter of a file on the device, in memory of its own: if it shared the file's, it would change with it."""
+    array = value.array()
+    if dtype is not None and array.dtype != dtype:
+        return jnp.array(array, dtype, copy=True)
+    if array.flags.c_contiguous and jax.default_backend() == "cpu":
+        room = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+        start = -room.ctypes.data % ALIGNMENT
+        own = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        own[...] = array
+        array = own
+    return jax.device_put(array)
 
 
 def save_pretrained(

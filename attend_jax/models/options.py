@@ -108,6 +108,15 @@ class Options:
             raise self.wrong(name, "true or false", value)
         return value
 
+    def labels(self) -> int:
+        """How many classes a classifier has: as many as id2label names, or num_labels; 2 where neither is there."""
+        names, count = self.get("id2label"), self.get("num_labels")
+        if names is not None and not (isinstance(names, dict) and names):
+            raise self.wrong("id2label", "an object with a name for each label", names)
+        if names is not None and count not in (None, len(names)):
+            raise self.wrong("num_labels", f"{len(names)}, as many as id2label has", count)
+        return self.size("num_labels", 2 if names is None else len(names))
+
     def choice(self, name: str, default: Any, allowed: Mapping[str, Any] | tuple[Any, ...]) -> Any:
         """One of those allowed; another is refused."""
         value = self.get(name, default)

@@ -10,7 +10,7 @@ from attend_jax.models.options import Options
 
 def plan(options: Options, architecture: str) -> Plan:
     """The output projection has no bias."""
-    fields = llama.common(options, kv_heads=32)
+    fields = llama.common(options, architecture, kv_heads=32)
     options.get("head_dim")
     seen = windows(options, fields["layers"])
     return llama.finish(DecoderSizes(**fields, bias=(True, True, True, False), windows=seen))
@@ -25,4 +25,4 @@ def windows(options: Options, layers: int) -> tuple[int | None, ...]:
     return seen if used else (None,) * layers
 
 
-FAMILY = Family("qwen2", "Qwen 2", ("Qwen2ForCausalLM",), plan)
+FAMILY = Family("qwen2", "Qwen 2", llama.classes("Qwen2"), plan)

@@ -10,10 +10,10 @@ from attend_jax.models.options import Options
 
 def plan(options: Options, architecture: str) -> Plan:
     """Heads have a size of their own, 128 where the config does not say."""
-    fields = llama.common(options, kv_heads=32, head_dim=128)
+    fields = llama.common(options, architecture, kv_heads=32, head_dim=128)
     bias = options.flag("attention_bias", False)
     seen = qwen2.windows(options, fields["layers"])
     return llama.finish(DecoderSizes(**fields, bias=(bias,) * 4, qk_norm=True, windows=seen))
 
 
-FAMILY = Family("qwen3", "Qwen 3", ("Qwen3ForCausalLM",), plan)
+FAMILY = Family("qwen3", "Qwen 3", llama.classes("Qwen3"), plan)

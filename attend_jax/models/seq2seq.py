@@ -13,6 +13,7 @@ from flax import nnx
 
 from attend_jax.models import blocks
 from attend_jax.models.blocks import LayerNorm, RMSNorm
+from attend_jax.models.encoder import EncoderOutput
 from attend_jax.multihead import MultiHeadAttention
 from attend_shared.layers import Cache
 
@@ -50,6 +51,21 @@ class Seq2SeqOutput(NamedTuple):
     encoder_hidden_states: tuple[jax.Array, ...] | None = None
 
 
+class Seq2SeqModelOutput(NamedTuple):
+    """What such a model gives without its head.
+
+    Attributes:
+        last_hidden_state: (b, n, width) of the decoder, after the final norm.
+        past_key_values, decoder_hidden_states, encoder_last_hidden_state, encoder_hidden_states: as in `Seq2SeqOutput`.
+    """
+
+    last_hidden_state: jax.Array
+    past_key_values: Carried | None = None
+    decoder_hidden_states: tuple[jax.Array, ...] | None = None
+    encoder_last_hidden_state: jax.Array | None = None
+    encoder_hidden_states: tuple[jax.Array, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Stack:
     """Layers, heads and the inner width of an encoder or a decoder."""
@@ -65,6 +81,7 @@ class Seq2SeqSizes:
 
     Attributes:
         head_dim: None is width // heads.
+        decoder: None where there is the encoder alone.
         bias: of query, key, value and out.
         scale: of the scores; None is 1 / sqrt(head_dim).
         buckets, distance: of relative positions, whose table the layers of a stack share; None where there is none.
@@ -72,6 +89,7 @@ class Seq2SeqSizes:
         sound: bands of a spectrogram and places of the encoder, which has two convolutions before it; None is text.
         logit_scale: what the last hidden state is multiplied by before the head.
         tied: whether the head is the table of tokens.
+        headed: whether the decoder has a head, which gives logits.
         clamp: whether float16 is kept within its range after every layer of the encoder.
     """
 
@@ -79,7 +97,7 @@ class Seq2SeqSizes:
     width: int
     head_dim: int | None
     encoder: Stack
-    decoder: Stack
+    decoder: Stack | None
     activation: str
     norm: str
     eps: float
@@ -93,6 +111,7 @@ class Seq2SeqSizes:
     sound: tuple[int, int] | None = None
     logit_scale: float = 1.0
     tied: bool = True
+    headed: bool = True
     clamp: bool = False
 
 
@@ -148,18 +167,21 @@ class Seq2SeqLayer(nnx.Module):
     def __call__(
         self, x: jax.Array, mask: jax.Array | None, bias: jax.Array | None, cache: Cache | None = None,
         context: tuple[jax.Array, jax.Array] | None = None, context_mask: jax.Array | None = None,
+        context_bias: jax.Array | None = None,
     ) -> tuple[jax.Array, Cache | None]:  # fmt: skip
-        """x (b, i, width), mask (b, j), bias (1, h, i, j); the context as `project` gave it, its mask (b, m)."""
+        """x (b, i, width), mask (b, j), bias (1 or b, 1 or h, 1 or i, j); the context as `project` gave it, its mask
+        (b, m) or its bias (b, 1, 1, m)."""
         out = self.attention(self.attention_norm(x), mask=mask, bias=bias, cache=cache)
         out, cache = (out, None) if cache is None else out
         x = x + out
         if self.cross is not None and self.cross_norm is not None:
-            x = x + self.cross(self.cross_norm(x), context, mask=context_mask)
+            x = x + self.cross(self.cross_norm(x), context, mask=context_mask, bias=context_bias)
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class Seq2SeqLM(nnx.Module):
-    """A text or a spectrogram, and the tokens written so far, to the logits of the token that follows each."""
+    """A text or a spectrogram, and the tokens written so far, to the logits of the token that follows each; or what
+    there is without the head, or without the decoder."""
 
     def __init__(self, sizes: Seq2SeqSizes, dtype: Any, rngs: nnx.Rngs) -> None:
         if dtype == jnp.float16 and not sizes.clamp:
@@ -177,35 +199,44 @@ class Seq2SeqLM(nnx.Module):
                 for inputs, strides in ((bands, 1), (width, 2))
             ])  # fmt: skip
             self.encoder_positions = Fixed(jnp.zeros((places, width), dtype))
+        if sizes.buckets is not None:
+            self.encoder_bias = blocks.embed(sizes.buckets, sizes.encoder.heads, dtype=dtype, rngs=rngs)
+        self.encoder = self._layers(sizes.encoder, False, dtype, rngs)
+        self.encoder_norm = _norm(sizes, dtype, rngs)
+        own = sizes.decoder is not None and sizes.headed and not sizes.tied
+        self.head = blocks.linear(width, sizes.vocabulary, bias=False, dtype=dtype, rngs=rngs) if own else None
+        if sizes.decoder is None:
+            return
         if sizes.positions is not None:
             self.positions = blocks.embed(sizes.positions, width, dtype=dtype, rngs=rngs)
         if sizes.buckets is not None:
-            self.encoder_bias = blocks.embed(sizes.buckets, sizes.encoder.heads, dtype=dtype, rngs=rngs)
             self.decoder_bias = blocks.embed(sizes.buckets, sizes.decoder.heads, dtype=dtype, rngs=rngs)
-        self.encoder, self.decoder = (
-            nnx.List([Seq2SeqLayer(sizes, stack, decoder, dtype, rngs) for _ in range(stack.layers)])
-            for stack, decoder in ((sizes.encoder, False), (sizes.decoder, True))
-        )
-        self.encoder_norm = _norm(sizes, dtype, rngs)
+        self.decoder = self._layers(sizes.decoder, True, dtype, rngs)
         self.decoder_norm = _norm(sizes, dtype, rngs)
-        self.head = None if sizes.tied else blocks.linear(width, sizes.vocabulary, bias=False, dtype=dtype, rngs=rngs)
+
+    def _layers(self, stack: Stack, decoder: bool, dtype: Any, rngs: nnx.Rngs) -> nnx.List:
+        return nnx.List([Seq2SeqLayer(self.sizes, stack, decoder, dtype, rngs) for _ in range(stack.layers)])
 
     def __call__(
         self, inputs: Any, attention_mask: Any = None, decoder_input_ids: Any = None,
         decoder_attention_mask: Any = None, *, output_hidden_states: bool = False,
-    ) -> Seq2SeqOutput:  # fmt: skip
+    ) -> Seq2SeqOutput | Seq2SeqModelOutput | EncoderOutput:  # fmt: skip
         """Read with the encoder, and with the decoder all that has been written so far.
 
         Args:
             inputs: input_ids, integers (b, m); or input_features, floating (b, bands, frames).
             attention_mask: (b, m), 1 or true for a real token; None is all of them. Sound has none.
-            decoder_input_ids: integers (b, n); the first is usually decoder_start_token_id.
+            decoder_input_ids: integers (b, n); the first is usually decoder_start_token_id. None where there is no
+                decoder.
             decoder_attention_mask: (b, n).
             output_hidden_states: whether to return what every layer gives.
 
         Returns:
-            Seq2SeqOutput, under the names that transformers has.
+            Seq2SeqOutput, or what there is of it, under the names that transformers has.
         """
+        if self.sizes.decoder is None:
+            states = self.encode(inputs, attention_mask)
+            return EncoderOutput(states[-1], None, states if output_hidden_states else None)
         if decoder_input_ids is None:
             raise ValueError("decoder_input_ids: expected integers (b, n), got None. What has been written so far "
                              "begins with decoder_start_token_id.")  # fmt: skip
@@ -219,6 +250,11 @@ class Seq2SeqLM(nnx.Module):
             past_key_values=None, encoder_last_hidden_state=states[-1],
             encoder_hidden_states=states if output_hidden_states else None,
         )  # fmt: skip
+
+    @property
+    def writes(self) -> bool:
+        """Whether it gives the logits of tokens."""
+        return self.sizes.decoder is not None and self.sizes.headed
 
     def encode(self, inputs: Any, attention_mask: Any = None) -> tuple[jax.Array, ...]:
         """The hidden states (b, m, width) of the encoder: embeddings, layers, the last after the norm."""
@@ -275,7 +311,7 @@ class Seq2SeqLM(nnx.Module):
     def decode(
         self, decoder_input_ids: Any, decoder_attention_mask: Any = None, *, past_key_values: Carried,
         position_ids: Any = None, logits_to_keep: int = 0, output_hidden_states: bool = False,
-    ) -> Seq2SeqOutput:  # fmt: skip
+    ) -> Seq2SeqOutput | Seq2SeqModelOutput:  # fmt: skip
         """The logits of what has been written, after what the caches hold.
 
         Args:
@@ -301,17 +337,22 @@ class Seq2SeqLM(nnx.Module):
         bias = None
         if self.sizes.buckets is not None:
             bias = relative_bias(self.decoder_bias, self.sizes, here, keys, False)
+        context_mask, context_bias = past_key_values.mask, None
+        if first is not None:
+            more, mask = blocks.mask_bias(mask, x.dtype), None
+            bias = bias if more is None else more if bias is None else bias + more
+            context_bias, context_mask = blocks.mask_bias(context_mask, x.dtype), None
         states, caches = [x], list[Any]()
         for layer, cache, context in zip(self.decoder, past_key_values.caches, past_key_values.contexts, strict=True):
-            x, cache = layer(x, mask, bias, cache, context, past_key_values.mask)
+            x, cache = layer(x, mask, bias, cache, context, context_mask, context_bias)
             states.append(x)
             caches.append(cache)
         x = self.decoder_norm(x)
+        kept = past_key_values._replace(caches=tuple(caches)), (*states[:-1], x) if output_hidden_states else None
+        if not self.sizes.headed:
+            return Seq2SeqModelOutput(x, *kept)
         last = x[:, -logits_to_keep:]
         if self.sizes.logit_scale != 1.0:
             last = last * jnp.asarray(self.sizes.logit_scale, last.dtype)
         logits = blocks.unembed(self.tokens, last) if self.head is None else self.head(last)
-        return Seq2SeqOutput(
-            logits, past_key_values._replace(caches=tuple(caches)),
-            (*states[:-1], x) if output_hidden_states else None,
-        )  # fmt: skip
+        return Seq2SeqOutput(logits, *kept)

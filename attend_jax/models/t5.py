@@ -14,6 +14,7 @@ def plan(options: Options, architecture: str) -> Plan:
     width, heads, inner = options.size("d_model", 512), options.size("num_heads", 8), options.size("d_ff", 2048)
     layers = options.layers("num_layers", 6)
     gated, activation = _mlp(options)
+    decodes, headed = architecture != "T5EncoderModel", architecture == "T5ForConditionalGeneration"
     buckets = options.size("relative_attention_num_buckets", 32, least=4, most=2**12)
     # Transformers 5 ties the heads of new models and writes so, but keeps one that differs, and does not scale then.
     scaled = options.flag("scale_decoder_outputs", options.flag("tie_word_embeddings", True))
@@ -22,7 +23,7 @@ def plan(options: Options, architecture: str) -> Plan:
         width=width,
         head_dim=options.size("d_kv", 64),
         encoder=Stack(layers, heads, inner),
-        decoder=Stack(options.layers("num_decoder_layers", layers), heads, inner),
+        decoder=Stack(options.layers("num_decoder_layers", layers), heads, inner) if decodes else None,
         activation=activation,
         norm="rms",
         eps=options.eps("layer_norm_epsilon", 1e-6),
@@ -34,16 +35,16 @@ def plan(options: Options, architecture: str) -> Plan:
         distance=options.size("relative_attention_max_distance", 128, least=buckets // 2 + 1, most=2**20),
         logit_scale=width**-0.5 if scaled else 1.0,
         tied=scaled,
+        headed=headed,
     )
+    options.get("num_decoder_layers")
     options.get("n_positions")  # of the texts that it was trained on
     rules = [
         *embedding("shared", "tokens"),
-        *(f"{stack}.embed_tokens.weight = shared.weight" for stack in ("encoder", "decoder")),
-        # A table that T5 never had a use for, in checkpoints that were converted long ago.
-        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight <-> -",
+        "encoder.embed_tokens.weight = shared.weight",
     ]
     names = ("q", "k", "v", "o")
-    for stack, last in (("encoder", 1), ("decoder", 2)):
+    for stack, last in (("encoder", 1), ("decoder", 2))[: 1 + decodes]:
         there, here = f"{stack}.block.{{l}}.layer", f"{stack}.{{l}}"
         first = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"
         rules += [
@@ -56,11 +57,15 @@ def plan(options: Options, architecture: str) -> Plan:
         ]
         for name, part in (("wi_0", "gate"), ("wi_1", "up")) if gated else (("wi", "up"),):
             rules += linear(f"{there}.{last}.DenseReluDense.{name}", f"{here}.mlp.{part}", bias=False)
-    rules += [
+    rules += [] if not decodes else [
+        "decoder.embed_tokens.weight = shared.weight",
+        # A table that T5 never had a use for, in checkpoints that were converted long ago.
+        "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight <-> -",
         *attention("decoder.block.{l}.layer.1.EncDecAttention", "decoder.{l}.cross", names=names, bias=False),
         *rms_norm("decoder.block.{l}.layer.1.layer_norm", "decoder.{l}.cross_norm"),
-        *(["lm_head.weight = shared.weight"] if sizes.tied else linear("lm_head", "head", bias=False)),
     ]
+    if headed:
+        rules += ["lm_head.weight = shared.weight"] if sizes.tied else linear("lm_head", "head", bias=False)
     return Plan(lambda dtype, rngs: Seq2SeqLM(sizes, dtype, rngs), rules, {"h": heads})
 
 
@@ -78,4 +83,4 @@ def _mlp(options: Options) -> tuple[bool, str]:
     return gated, activation
 
 
-FAMILY = Family("t5", "T5", ("T5ForConditionalGeneration",), plan)
+FAMILY = Family("t5", "T5", ("T5ForConditionalGeneration", "T5Model", "T5EncoderModel"), plan)

@@ -11,13 +11,14 @@ from flax import nnx
 
 from attend_jax.models import blocks
 from attend_jax.models.blocks import HIGHEST, LayerNorm
-from attend_jax.models.encoder import EncoderOutput
+from attend_jax.models.encoder import EncoderOutput, LogitsOutput
 from attend_jax.multihead import MultiHeadAttention
 
 
 @dataclass(frozen=True)
 class VisionSizes:
-    """What is to be built. `image` and `patch` are heights and widths in pixels; `bias` is of query, key and value."""
+    """What is to be built. `image` and `patch` are heights and widths in pixels; `bias` is of query, key and value;
+    `labels` is what a classifier in the pooler's place tells apart, 0 where there is none."""
 
     width: int
     inner: int
@@ -31,6 +32,7 @@ class VisionSizes:
     eps: float
     pooled: int
     pooled_activation: str
+    labels: int = 0
 
 
 class VisionLayer(nnx.Module):
@@ -50,7 +52,8 @@ class VisionLayer(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """Patches, a class token before them, learned positions, layers, a norm, and a pooler on the class token."""
+    """Patches, a class token before them, learned positions, layers, a norm, and on the class token a pooler or a
+    classifier."""
 
     def __init__(self, sizes: VisionSizes, dtype: Any, rngs: nnx.Rngs) -> None:
         self.sizes = sizes
@@ -64,9 +67,14 @@ class VisionEncoder(nnx.Module):
         self.positions = nnx.Param(jnp.zeros((1, count + 1, sizes.width), dtype))
         self.layers = nnx.List([VisionLayer(sizes, dtype, rngs) for _ in range(sizes.layers)])
         self.norm = LayerNorm(sizes.width, sizes.eps, dtype=dtype, rngs=rngs)
-        self.pooler = blocks.linear(sizes.width, sizes.pooled, dtype=dtype, rngs=rngs)
+        self.pooler, self.head = (
+            blocks.linear(sizes.width, count, dtype=dtype, rngs=rngs) if wanted else None
+            for count, wanted in ((sizes.pooled, not sizes.labels), (sizes.labels, bool(sizes.labels)))
+        )
 
-    def __call__(self, pixel_values: Any, *, output_hidden_states: bool = False) -> EncoderOutput:
+    def __call__(
+        self, pixel_values: Any, *, output_hidden_states: bool = False
+    ) -> EncoderOutput | LogitsOutput:
         """Encode images.
 
         Args:
@@ -74,7 +82,8 @@ class VisionEncoder(nnx.Module):
             output_hidden_states: whether to return what every layer gives, before the final norm.
 
         Returns:
-            EncoderOutput, under the names that transformers has; n is 1 more than the number of patches.
+            EncoderOutput, or the classifier's logits, under the names that transformers has; n is 1 more than the
+            number of patches.
         """
         pixels = jnp.asarray(pixel_values)
         expected = (self.sizes.channels, *self.sizes.image)
@@ -90,5 +99,8 @@ class VisionEncoder(nnx.Module):
             x = layer(x)
             states.append(x)
         x = self.norm(x)
-        pooled = blocks.ACTIVATIONS[self.sizes.pooled_activation](self.pooler(x[:, 0]))
-        return EncoderOutput(x, pooled, tuple(states) if output_hidden_states else None)
+        kept = tuple(states) if output_hidden_states else None
+        if self.head is not None:
+            return LogitsOutput(self.head(x[:, 0]), kept)
+        assert self.pooler is not None
+        return EncoderOutput(x, blocks.ACTIVATIONS[self.sizes.pooled_activation](self.pooler(x[:, 0])), kept)

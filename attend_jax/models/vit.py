@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attend_jax.models.blocks import ACTIVATIONS
-from attend_jax.models.family import Family, Plan
+from attend_jax.models.family import Family, Plan, under, unread
 from attend_jax.models.options import Options
 from attend_jax.models.vision import VisionEncoder, VisionSizes
 from attend_shared.rules import attention, conv, layer_norm, linear
@@ -15,6 +15,7 @@ def plan(options: Options, architecture: str) -> Plan:
     if width % heads:
         raise options.wrong("num_attention_heads", f"a number that divides the hidden_size of {width}", heads)
     bias = options.flag("qkv_bias", True)
+    classifies = architecture == "ViTForImageClassification"
     sizes = VisionSizes(
         width=width,
         inner=options.size("intermediate_size", 3072),
@@ -28,6 +29,7 @@ def plan(options: Options, architecture: str) -> Plan:
         eps=options.eps("layer_norm_eps", 1e-12),
         pooled=options.size("pooler_output_size", width),
         pooled_activation=options.choice("pooler_act", "tanh", ACTIVATIONS),
+        labels=options.labels() if classifies else 0,
     )
     options.get("encoder_stride")  # of a decoder that is not here
     there, here = "encoder.layer.{l}", "layers.{l}"
@@ -46,9 +48,11 @@ def plan(options: Options, architecture: str) -> Plan:
         *linear(f"{there}.intermediate.dense", f"{here}.mlp.up"),
         *linear(f"{there}.output.dense", f"{here}.mlp.down"),
         *layer_norm("layernorm", "norm"),
-        *linear("pooler.dense", "pooler"),
+        *(unread("pooler.dense") if classifies else linear("pooler.dense", "pooler")),
     ]
-    return Plan(lambda dtype, rngs: VisionEncoder(sizes, dtype, rngs), rules, {"h": heads})
+    prefix = "vit." if classifies else ""
+    rules = under(prefix, rules) + (linear("classifier", "head") if classifies else [])
+    return Plan(lambda dtype, rngs: VisionEncoder(sizes, dtype, rngs), rules, {"h": heads}, prefix)
 
 
 def _pixels(options: Options, name: str, default: int, most: tuple[int, int] = (2**14, 2**14)) -> tuple[int, int]:
@@ -60,4 +64,4 @@ def _pixels(options: Options, name: str, default: int, most: tuple[int, int] = (
     return both[0], both[1]
 
 
-FAMILY = Family("vit", "ViT", ("ViTModel",), plan)
+FAMILY = Family("vit", "ViT", ("ViTModel", "ViTForImageClassification"), plan)

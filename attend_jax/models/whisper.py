@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attend_jax.models.blocks import ACTIVATIONS
-from attend_jax.models.family import Family, Plan
+from attend_jax.models.family import Family, Plan, bare
 from attend_jax.models.options import Options
 from attend_jax.models.seq2seq import Seq2SeqLM, Seq2SeqSizes, Stack
 from attend_shared.rules import attention, conv, embedding, layer_norm, linear
@@ -29,6 +29,7 @@ def plan(options: Options, architecture: str) -> Plan:
         positions=options.size("max_target_positions", 448),
         sound=(options.size("num_mel_bins", 80), options.size("max_source_positions", 1500)),
         tied=options.flag("tie_word_embeddings", True),
+        headed=(headed := architecture == "WhisperForConditionalGeneration"),
         clamp=True,
     )
     options.choice("scale_embedding", False, (False,))  # transformers reads it and does nothing
@@ -42,9 +43,9 @@ def plan(options: Options, architecture: str) -> Plan:
         *conv("model.encoder.conv1", "convolutions.0", dims=1),
         *conv("model.encoder.conv2", "convolutions.1", dims=1),
     ]
-    if sizes.tied:
+    if sizes.tied and headed:
         rules.append("proj_out.weight = model.decoder.embed_tokens.weight")
-    else:
+    elif headed:
         rules += linear("proj_out", "head", bias=False)
     for stack, size in (("encoder", "h"), ("decoder", "k")):
         there, here = f"model.{stack}.layers.{{l}}", f"{stack}.{{l}}"
@@ -59,6 +60,8 @@ def plan(options: Options, architecture: str) -> Plan:
             *layer_norm(f"model.{stack}.layer_norm", f"{stack}_norm"),
         ]
     counts = {"h": encoder.heads, "k": decoder.heads}
+    if not headed:
+        return Plan(lambda dtype, rngs: Seq2SeqLM(sizes, dtype, rngs), bare("model.", rules), counts)
     return Plan(lambda dtype, rngs: Seq2SeqLM(sizes, dtype, rngs), rules, counts, "model.")
 
 
@@ -70,4 +73,4 @@ def _stack(options: Options, name: str, width: int) -> Stack:
     return Stack(options.layers(f"{name}_layers", 4), heads, options.size(f"{name}_ffn_dim", 1536))
 
 
-FAMILY = Family("whisper", "Whisper", ("WhisperForConditionalGeneration",), plan)
+FAMILY = Family("whisper", "Whisper", ("WhisperForConditionalGeneration", "WhisperModel"), plan)

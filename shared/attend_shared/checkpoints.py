@@ -45,6 +45,8 @@ DTYPES = {
 }  # fmt: skip
 """Names in a safetensors file, and ours."""
 
+DROP = getattr(mmap, "MADV_DONTNEED", None)  # not on Windows
+
 METADATA = "__metadata__"  # what a header has beside its tensors
 
 FOREIGN = {
@@ -372,6 +374,8 @@ def _view(mapped: mmap.mmap, start: int, shape: tuple[int, ...], dtype: str) -> 
         count = int(np.prod(shape, dtype=np.int64))
         if not count:
             return np.zeros(shape, raw)
+        if DROP is not None:
+            mapped.madvise(DROP)  # pages of what was read before: they come back where a view of them is still read
         return np.frombuffer(mapped, raw, count, start).reshape(shape)
 
     return Value(shape, dtype, read)

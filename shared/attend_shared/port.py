@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -110,8 +111,7 @@ def port(
         raise CheckpointError(f"{target}: expected a folder that the source is not in.")
     plan = import_module("attend_jax.models.loading").read_plan(config, str(source / CONFIG))
     weights = checkpoints.read_weights(source, "model" if to == "flax" else FLAX)
-    if to == "flax" and plan.prefix and not any(name.startswith(plan.prefix) for name in weights):
-        weights = {plan.prefix + name: each for name, each in weights.items()}
+    weights = plan.named(weights) if to == "flax" else weights
     try:
         values = carry(weights, plan.rules, to=to, sizes=plan.sizes, expected=plan.shapes() if to == "flax" else None)
         total, done = sum(each.nbytes for each in values.values()), 0
@@ -154,7 +154,7 @@ def verify(torch_folder: Path, flax_folder: Path) -> list[Layer]:
     named = config.get("architectures") or loading.FAMILIES[config["model_type"]].architectures
     kind = getattr(transformers, named[0])
     with quiet(transformers):  # the options that the file leaves out as well
-        given, real = _sample(kind.config_class.from_pretrained(torch_folder, local_files_only=True).to_dict())
+        given, real = _sample(kind.config_class.from_pretrained(torch_folder, local_files_only=True).to_dict(), kind)
 
     def there(dtype: Any) -> dict[str, np.ndarray]:
         model = kind.from_pretrained(
@@ -196,7 +196,7 @@ def quiet(transformers: Any) -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _sample(config: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+def _sample(config: dict[str, Any], kind: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Inputs by name, that of the model first, and which tokens are real: ids and a mask; or the pixels of images or
     the bands of a spectrogram, where nothing is padding.
 
@@ -210,14 +210,17 @@ def _sample(config: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray |
         shape = (BATCH, config.get("num_channels", 3), height, width)
         return {"pixel_values": generator.standard_normal(shape, np.float32)}, None
     written = {}
-    if config.get("is_encoder_decoder", config.get("model_type") in ("t5", "whisper")):
+    if "decoder_input_ids" in signature(kind.forward).parameters:
         written["decoder_input_ids"] = generator.integers(0, config["vocab_size"], (BATCH, WRITTEN))
     if "num_mel_bins" in config:
         frames = (BATCH, config["num_mel_bins"], 2 * config.get("max_source_positions", 1500))
         return {"input_features": generator.standard_normal(frames, np.float32), **written}, None
     length = min(LENGTH, config.get("max_position_embeddings") or config.get("n_positions") or LENGTH)
-    ids = generator.integers(0, config["vocab_size"], (BATCH, length))
-    lengths = np.linspace(length, max(length // 3, 1), BATCH).astype(int)[:, None]
+    # Which class a text is of is read at its last token, and without a padding token it is unknown where others end.
+    batch = 1 if kind.__name__.endswith("ForSequenceClassification") and config.get("pad_token_id") is None else BATCH
+    ids = generator.integers(0, config["vocab_size"], (batch, length))
+    padded = (config.get("sliding_window") or length) >= length  # or else rows of padding would see nothing, as above
+    lengths = np.linspace(length, max(length // 3, 1) if padded else length, batch).astype(int)[:, None]
     mask = np.arange(length) < lengths
     return {"input_ids": ids, "attention_mask": mask.astype(np.int64), **written}, mask
 
@@ -229,7 +232,7 @@ def _parts(out: Any, numpy: Callable[[Any], np.ndarray]) -> dict[str, np.ndarray
         states = getattr(out, f"{stack}_hidden_states" if stack else "hidden_states", None) or ()
         for n, x in enumerate(states):
             found[f"{stack} {f'layer {n}' if n else 'embeddings'}".strip()] = numpy(x)
-    for name in ("last_hidden_state", "pooler_output", "logits"):
+    for name in ("last_hidden_state", "pooler_output", "logits", "start_logits", "end_logits"):
         if getattr(out, name, None) is not None:
             found[name] = numpy(getattr(out, name))
     return found
