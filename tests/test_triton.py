@@ -123,7 +123,7 @@ def test_where_it_cannot_run_it_says_why() -> None:
         assert rows["triton"].reason
 
 
-def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str]) -> Any:
+def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str], capability: int = 90) -> Any:
     """What the GPU would run."""
     import triton as language
     from triton.backends.compiler import GPUTarget
@@ -132,8 +132,8 @@ def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str]) -> Any:
     from attend_shared.kernels import attention
 
     kernel = getattr(attention, launch.kernel)
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32", "uint8": "u8", "int8": "i8",
-             "bool": "i1"}  # fmt: skip
+    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32", "uint8": "u8",
+             "int8": "i8", "bool": "i1"}  # fmt: skip
     kinds = [("*" + short[dtypes[name or "q"]], None) for name in launch.inputs]
     kinds += [("fp32", None) if isinstance(x, float) else ("constexpr", 1) if x == 1 else ("i32", None)
               for x in launch.numbers]  # fmt: skip
@@ -148,9 +148,8 @@ def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str]) -> Any:
         attrs={(n,): [["tt.divisibility", 16]] for n, (kind, _) in enumerate(kinds) if kind.startswith("*")},
     )
     assert {*signature, *launch.constants} == {*kernel.arg_names}
-    return language.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": launch.warps, "num_stages": launch.stages}
-    )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return language.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +183,19 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
         if launch.kernel in ("forward", "query_gradients", "key_gradients"):
             assert ("wgmma.mma_async" in code) == (call.dtype == "bfloat16")
             assert "tf32" not in code
+
+
+@pytest.mark.parametrize("d", [128, 256])
+def test_what_has_little_shared_memory_gets_smaller_blocks(d: int) -> None:
+    """99 KB a program, as compute capability 8.6, 8.9 and 12.0 have."""
+    call = call_of(**{name: torch.empty(2, 4, 96, d, dtype=torch.bfloat16, device="meta") for name in "qkv"})
+    x = (4 * 96 * d, 96 * d, d)
+    plan = plans.plan(call, plans.Layout(x, x, x, little=True))
+    dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype)
+    for launch in (*plan.forward, *plan.backward(x, False, False)):
+        dtypes |= {output.name: output.dtype for output in launch.outputs}
+        if launch.kernel in ("forward", "key_gradients"):
+            assert compile_for_hopper(launch, dtypes, 86).metadata.shared <= 99 * 1024
 
 
 # JAX: what happens around the launches, with einsum in their place.

@@ -20,6 +20,7 @@ from packaging.version import Version
 
 from attend_jax.implementations import einsum
 from attend_jax.implementations.blockwise import Floats
+from attend_jax.machine import capability
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
 from attend_shared.kernels.plan import Launch, Layout, Plan
@@ -140,7 +141,8 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[Plan, dict[str, Array]]:
     offset = arrays.q_offset.ndim + 1 if call.offset == "data" else 0
     one_id = arrays.kv_segment_ids is None
     q, k, v = (_strides(x, bnhd) for x in arrays[:3])
-    layout = Layout(q, k, v, _pair_strides(arrays.mask), _pair_strides(arrays.bias), offset, 0, one_id)
+    layout = Layout(q, k, v, _pair_strides(arrays.mask), _pair_strides(arrays.bias), offset, 0, one_id,
+                    capability() not in plans.MUCH_SHARED)  # fmt: skip
     if one_id:
         arrays = arrays._replace(kv_segment_ids=arrays.q_segment_ids)
     known = {name: x for name, x in arrays._asdict().items() if x is not None}

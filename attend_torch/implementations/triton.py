@@ -21,14 +21,22 @@ from attend_shared.kernels import plan as plans
 from attend_shared.kernels.plan import Launch, Layout
 from attend_torch.implementations import blockwise, einsum, rowwise
 from attend_torch.implementations.blockwise import COUNT, FLOATS
+from attend_torch.machine import capability
 
 Tensor = torch.Tensor
 INSTALLED = find_spec("triton") is not None
 
 
-@cache
 def unavailable() -> str | None:
     """Why Triton's kernels cannot run here, or None."""
+    return _unavailable()
+
+
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in attend_torch.attend
+
+
+@cache
+def _unavailable() -> str | None:
     if not INSTALLED:
         return 'it needs Triton: pip install "attend-twin[triton]"'
     if plans.INTERPRETED:
@@ -182,14 +190,14 @@ class _Kernel:
         self.order = tuple(-1 if name is None else self.given.index(name) for name in launch.inputs)
         self.compiled: dict[tuple, Any] = {}
 
-    def __call__(self, arrays: dict[str, Tensor], stream: int | None) -> None:
-        """Run it, its outputs put among the arrays."""
+    def __call__(self, arrays: dict[str, Tensor], device: int, stream: int) -> None:
+        """Run it on the current device, its outputs put among the arrays."""
         any_array, launch = arrays["q"], self.launch
         for name, shape, dtype in self.made:
             arrays[name] = any_array.new_empty(shape, dtype=dtype)
         given = [arrays[name] for name in self.given]
         places = [x.data_ptr() for x in given]
-        key = (any_array.device, *[x.dtype for x in given], *[place % 16 == 0 for place in places])
+        key = (device, *[x.dtype for x in given], *[place % 16 == 0 for place in places])
         compiled = self.compiled.get(key)
         if compiled is None:
             compiled = self.kernel[launch.grid](
@@ -235,6 +243,7 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     layout = Layout(
         q.stride()[:3], k.stride()[:3], v.stride()[:3], _strides(arrays.mask), _strides(arrays.bias), offset,
         0 if offset else _offset(call, arrays), arrays.q_segment_ids is arrays.kv_segment_ids,
+        capability() not in plans.MUCH_SHARED,
     )  # fmt: skip
     plan = _plan(call, layout)
     for name in plan.names:
@@ -246,13 +255,13 @@ def _run(kernels: Sequence[_Kernel], arrays: dict[str, Tensor]) -> None:
     """Run them in order."""
     if plans.INTERPRETED:
         for kernel in kernels:
-            kernel(arrays, None)
+            kernel(arrays, -1, 0)
         return
     device = arrays["q"].get_device()
     with _device(device):
         stream = _streams()(device)
         for kernel in kernels:
-            kernel(arrays, stream)
+            kernel(arrays, device, stream)
 
 
 @cache

@@ -37,7 +37,12 @@ def _dot(a, b, acc, WIDEN: tl.constexpr):
     """a b + acc, products of float32 in full. WIDEN: the interpreter knows no products of bfloat16."""
     if WIDEN:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
+    if a.dtype == tl.float32:
+        # Each block is summed apart: one chain of additions over thousands of keys would lose three bits. The number
+        # means nothing here, but with one the compiler leaves the sum as it is.
+        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -72,15 +77,19 @@ def _one_over(x):
 
 
 @triton.jit
-def _tanh(x, PRECISE: tl.constexpr):
-    t = 1 - 2 * _one_over(1 + tl.exp2(x * 2.8853900817779268))
+def _softcap(x, factor, cap, PRECISE: tl.constexpr):
+    """cap tanh(x factor), and the tanh."""
+    rest = _one_over(1 + tl.exp2(x * (factor * 2.8853900817779268)))
+    t, capped = 1 - 2 * rest, cap - (2 * cap) * rest
     if PRECISE:  # near 0 the difference above loses what the series has
+        x *= factor
         y = x * x
         series = 0.0035921280365724810 * y - 0.0088632355299021966
         series = (series * y + 0.0218694885361552029) * y - 0.0539682539682539683
         series = (series * y + 0.1333333333333333333) * y - 0.3333333333333333333
         t = tl.where(y < 0.16, x + x * y * series, t)
-    return t
+        capped = t * cap
+    return capped, t
 
 
 @triton.jit
@@ -89,19 +98,34 @@ def _exp(x, BASE2: tl.constexpr):
 
 
 @triton.jit
+def _times(a, M: tl.constexpr):
+    """The high and the low half of a M, by one product."""
+    product = a.to(tl.uint64) * tl.full((), M, tl.uint64)
+    return (product >> 32).to(tl.uint32), product.to(tl.uint32)
+
+
+@triton.jit
+def _philox(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-7."""
+    for _ in tl.static_range(7):
+        hi0, lo0 = _times(c0, 0xD2511F53)
+        hi1, lo1 = _times(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
 def _keep(
     seed, b, h, rows, quads, threshold: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KEYS_FIRST: tl.constexpr
 ):  # fmt: skip
-    """Which weights of a tile dropout keeps: Philox4x32-7 draws the words of four neighbouring keys at once."""
-    key = tl.load(seed).to(tl.uint64) | (tl.load(seed + 1).to(tl.uint64) << 32)
-    if KEYS_FIRST:  # (C keys, R queries)
-        w0, w1, w2, w3 = tl.philox(key, quads[:, None], rows[None, :], h, b, n_rounds=7)
-        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # (C / 4, R, 2, 2)
-        words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (C, R))
-    else:  # (R queries, C keys)
-        w0, w1, w2, w3 = tl.philox(key, quads[None, :], rows[:, None], h, b, n_rounds=7)
-        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (R, C))
-    return words >= threshold
+    """Which weights of a tile dropout keeps: four neighbouring keys have their words drawn at once."""
+    k0, k1 = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
+    h, b, rows, quads = h.to(tl.uint32), b.to(tl.uint32), rows.to(tl.uint32), quads.to(tl.uint32)
+    w0, w1, w2, w3 = _philox(quads[None, :], rows[:, None], h, b, k0, k1)
+    keep = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (R, C)) >= threshold
+    return tl.trans(keep) if KEYS_FIRST else keep
 
 
 @triton.jit
@@ -230,8 +254,7 @@ def _tile(
     """Products to logits (times log2(e) where BASE2), -inf where not allowed; and tanh of the softcap."""
     capped = s
     if SOFTCAP:
-        capped = _tanh(s * factor, PRECISE)
-        s = capped * cap
+        s, capped = _softcap(s, factor, cap, PRECISE)
     else:
         s = s * factor
     if BIAS:
@@ -507,12 +530,13 @@ def join(
 
 @triton.jit
 def row_sums(
-    out, dout, dlse, top, inverse, sinks, q_lengths, H, I, P, dob, doh, known, partial,
+    out, dout, dlse, top, inverse, sinks, q_lengths, H, I, P, dob, doh, kept, known, partial,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, DON: tl.constexpr, BNHD: tl.constexpr,
     Q_LENGTHS: tl.constexpr, LSE: tl.constexpr, SINKS: tl.constexpr, BASE2: tl.constexpr,
 ):  # fmt: skip
     """What the gradients take of each row: top; what every logit gets besides its own share, sum(out dout) - dlse,
-    the slope; and inverse: (P, 2, 2), top and slope before inverse and slope. And each block's part of dsinks.
+    over what dropout multiplies by, the slope; and inverse: (P, 2, 2), top and slope before inverse and slope.
+    And each block's part of dsinks.
     """
     block, n = tl.program_id(0), tl.program_id(1)
     b, h = n // H, n % H
@@ -547,7 +571,7 @@ def row_sums(
         result -= tl.where(ignored, 0.0, slope)
     if SINKS:
         tl.store(partial + n * tl.num_programs(0) + block, -tl.sum(share * result, 0))
-    slope = tl.where(unseen, 0.0, result)
+    slope = tl.where(unseen, 0.0, result / kept)
     four = tl.join(tl.join(m, one), tl.join(slope, slope))  # (BM, 2, 2)
     two = tl.arange(0, 2)
     places = of_row[:, None, None] * 4 + two[None, :, None] * 2 + two[None, None, :]
@@ -664,13 +688,13 @@ def query_gradients(
                 dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if THRESHOLD:
                     quads = begin // 4 + tl.arange(0, BN // 4)
-                    dp = tl.where(_keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, False), dp * kept, 0.0)
+                    dp = tl.where(_keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, False), dp, 0.0)
                 ds = p * (dp - slope)
                 if SOFTCAP:
                     ds *= 1 - capped * capped
                 acc = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_k), acc, WIDEN)
 
-    acc *= scale if BASE2 else scale * one
+    acc *= scale * kept if BASE2 else scale * kept * one
     if Q_LENGTHS:
         acc = tl.where(alive_rows, acc, 0.0)
     stride = H * D if BNHD else D
@@ -786,14 +810,14 @@ def key_gradients(
                         quads = first // 4 + tl.arange(0, BN // 4)
                         keep = _keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, True)
                         dropped = tl.where(keep, p, 0.0)
-                        dp = tl.where(keep, dp * kept, 0.0)
+                        dp = tl.where(keep, dp, 0.0)
                     sum_v = _dot(dropped.to(v.dtype.element_ty), tile_do, sum_v, WIDEN)
                     ds = p * (dp - slope[None, :])
                     if SOFTCAP:
                         ds *= 1 - capped * capped
                     sum_k = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_q), sum_k, WIDEN)
 
-    sum_k = tl.where(alive[:, None], sum_k * scale, 0.0)
+    sum_k = tl.where(alive[:, None], sum_k * (scale * kept), 0.0)
     sum_v = tl.where(alive[:, None], sum_v * kept, 0.0)
     stride_k, stride_v = HK * D if BNHD else D, HK * DV if BNHD else DV
     dk += (b64 * J * HK + hk64) * D + first64 * stride_k if BNHD else (n.to(tl.int64) * J + first64) * D
@@ -885,9 +909,10 @@ def bias_gradients(
         dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
         if THRESHOLD:
             quads = first_j // 4 + tl.arange(0, BN // 4)
-            dp = tl.where(_keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, False), dp * kept, 0.0)
+            dp = tl.where(_keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, False), dp, 0.0)
         acc += p * (dp - slope[:, None])
 
+    acc *= kept
     # (b|1, h|1, i|1, j|1), contiguous
     wide, tall = 1 if ALL_J else J, 1 if ALL_I else I
     base = dbias + item_head.to(tl.int64) * tall * wide

@@ -67,6 +67,7 @@ class Layout(NamedTuple):
         offset: 0 where q_offset is a number (`at`), 1 where it is an array (), 2 where it is (b,).
         at: q_offset where it is a number.
         one_id: whether q_segment_ids and kv_segment_ids are the same array.
+        little: whether a program of this GPU has less than 200 KB of shared memory.
     """
 
     q: Strides
@@ -77,6 +78,7 @@ class Layout(NamedTuple):
     offset: int = 0
     at: int = 0
     one_id: bool = False
+    little: bool = False
 
 
 class Tile(NamedTuple):
@@ -95,13 +97,13 @@ TILES: dict[tuple[str, int, int], Tile] = {
     # (kernel, bytes of an element, the larger of d and dv, padded)
     ("forward", 2, 64): Tile(64, 64, 4, 3),
     ("forward", 2, 128): Tile(64, 64, 4, 3),
-    ("forward", 2, 256): Tile(128, 32, 8, 2),
+    ("forward", 2, 256): Tile(128, 64, 8, 2),
     ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("query_gradients", 2, 128): Tile(128, 64, 8, 3),
-    ("query_gradients", 2, 256): Tile(64, 32, 8, 1),
+    ("query_gradients", 2, 256): Tile(64, 32, 4, 1),
     ("key_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("key_gradients", 2, 128): Tile(64, 64, 4, 2),
-    ("key_gradients", 2, 256): Tile(32, 64, 8, 1),
+    ("key_gradients", 2, 256): Tile(32, 64, 8, 2),
     ("bias_gradients", 2, 64): Tile(64, 64, 4, 2),
     ("bias_gradients", 2, 128): Tile(64, 64, 8, 2),
     ("bias_gradients", 2, 256): Tile(64, 32, 8, 1),
@@ -127,6 +129,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
 }
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, overlaps and list_blocks
+MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
 PROGRAMS = 8 * 132  # that fill a GPU
 PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
@@ -141,11 +144,15 @@ def refusal(call: Call) -> str | None:
     return None
 
 
-def tile(kernel: str, call: Call) -> Tile:
-    """The sizes of a kernel's blocks for a call."""
+def tile(kernel: str, call: Call, little: bool = False) -> Tile:
+    """The sizes of a kernel's blocks for a call; little: a program has less than 200 KB of shared memory."""
     if INTERPRETED:
         return SMALL_TILES[call.i * call.j > 64**2]
-    return TILES[kernel, 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))]
+    width, size = 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))
+    found = TILES[kernel, width, size]
+    if little and width == 2:
+        return Tile(min(found.queries, 64 if size < 256 else 32), 32, 4, 2 if size < 256 else 1)
+    return found
 
 
 def _padded(n: int) -> int:
@@ -161,9 +168,9 @@ def padded_rows(i: int) -> int:
     return _cdiv(i, PADDED) * PADDED
 
 
-def parts(call: Call) -> int:
+def parts(call: Call, little: bool = False) -> int:
     """In how many parts the keys are seen, each with the queries of all heads that read them together; 0: not so."""
-    size = tile("split", call)
+    size = tile("split", call, little)
     if call.segments or call.h // call.hk * call.i > size.queries:
         return 0
     number = min(64, _cdiv(call.j, size.keys) // PART, _cdiv(PROGRAMS, call.b * call.hk))
@@ -192,7 +199,7 @@ class Ahead(NamedTuple):
 
 
 def _ahead(call: Call, layout: Layout) -> Ahead:
-    sizes = [tile(name, call) for name in ("forward", "split", "query_gradients", "key_gradients")]
+    sizes = [tile(name, call, layout.little) for name in ("forward", "split", "query_gradients", "key_gradients")]
     searched = call.segments and (not layout.one_id or call.q_lengths)
     group = min(size for each in sizes for size in each[:2])
     return Ahead(group, call.segments, searched, searched or call.key_masked)
@@ -268,8 +275,8 @@ def plan(call: Call, layout: Layout) -> Plan:
     ahead = _ahead(call, layout)
     shared = _Shared(call, layout, ahead)
     b, h, hk, i = call.b, call.h, call.hk, call.i
-    split, exact = parts(call), _exact(call)
-    size = tile("split" if split else "forward", call)
+    split, exact = parts(call, layout.little), _exact(call)
+    size = tile("split" if split else "forward", call, layout.little)
     if split:
         size = size._replace(queries=_padded(h // hk * i))
     launches = _bounds(call, layout, ahead, size.keys, False)
@@ -391,13 +398,13 @@ def _backward(
         "row_sums", (blocks, b * h, 1),
         ("exact" if _exact(call) else "out", "dout", "dlse" if has_dlse else None, "top",
          "inverse" if call.sinks or not shared.base2 else None, sinks, "q_lengths" if call.q_lengths else None),
-        (h, i, rows, *qkv[-2:]),
+        (h, i, rows, *qkv[-2:], shared.kept),
         (Output("known", (b, h, rows, 2, 2), "float32"),
          Output("partial", (b, h, blocks) if call.sinks else (b, 1, 1), "float32", call.sinks is not None)),
         {"DV": dv, "BDV": _padded(dv), "BM": ROWS, "UNIT": unit, "DON": dout[2], "BNHD": shared.bnhd,
          "Q_LENGTHS": call.q_lengths, "LSE": has_dlse, "SINKS": call.sinks is not None, "BASE2": shared.base2}, 4, 1,
     )  # fmt: skip
-    launches = [*_bounds(call, layout, ahead, tile("query_gradients", call).keys, True), sums]
+    launches = [*_bounds(call, layout, ahead, tile("query_gradients", call, layout.little).keys, True), sums]
     if call.sinks is not None:
         launches.append(Launch(
             "sum_sinks", (h, 1, 1), ("partial",), (h, b, blocks), (Output("dsinks", (h,), call.sinks),),
@@ -405,7 +412,7 @@ def _backward(
         ))  # fmt: skip
     base = (*shared.inputs, shared.seed)
     saved = ("dout", "known")
-    size = tile("query_gradients", call)
+    size = tile("query_gradients", call, layout.little)
     more = {"UNIT": unit, "DON": dout[2]}
     constants = shared.constants(size, j % size.keys == 0 and not call.kv_lengths) | more
     launches.append(Launch(
@@ -414,7 +421,7 @@ def _backward(
         (Output("dq", shared.shape(h, i, d), call.dtype),),
         constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages,
     ))  # fmt: skip
-    size = tile("key_gradients", call)
+    size = tile("key_gradients", call, layout.little)
     constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths) | more
     ranges = ("queries_from", "queries_to") if ahead.ranged else (None, None)
     launches.append(Launch(
@@ -424,7 +431,7 @@ def _backward(
         constants | {"BNHD": shared.bnhd}, size.warps, size.stages,
     ))  # fmt: skip
     if wants_bias and call.bias is not None and call.bias_dtype is not None:
-        size = tile("bias_gradients", call)
+        size = tile("bias_gradients", call, layout.little)
         full_b, full_h, full_i, full_j = (x > 1 for x in call.bias)
         grid = (_cdiv(j, size.keys) if full_j else 1, _cdiv(i, size.queries) if full_i else 1,
                 (b if full_b else 1) * (h if full_h else 1))  # fmt: skip
