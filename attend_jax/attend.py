@@ -13,8 +13,9 @@ import numpy as np
 from attend_jax.arrays import FRAMEWORK, SHAPES, segment_ids, to_int32
 from attend_jax.functions import Captured, lift, lower
 from attend_jax.implementations import table
+from attend_jax.machine import capability
 from attend_jax.philox import seed_words
-from attend_shared import choice
+from attend_shared import choice, devices
 from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.choice import Explanation, Implementation
 from attend_shared.merging import check_merge, merge_parts
@@ -215,8 +216,9 @@ def explain(
         As in `attend`, and checked alike. Only shapes, dtypes and options matter.
 
     Returns:
-        Explanation(chosen, rows): the name or None, and (name, None or the reason of its refusal) for every
-        implementation, in order of preference. str() is a table.
+        Explanation(chosen, rows, notes): the name or None; (name, None or the reason of its refusal) for every
+        implementation, in order of preference, with what the file of ATTEND_AVOID rules out; and why that file does not
+        hold here, if so. str() is a table.
 
     Raises:
         TypeError, ValueError: as in `attend`. A call that nothing can serve raises nothing: chosen is None.
@@ -228,14 +230,14 @@ def explain(
         ('einsum', 'it has no softcap')
 
     References:
-        docs/implementations.md: what each implementation can do.
+        docs/implementations.md: what each implementation can do. docs/doctor.md: what ATTEND_AVOID is.
     """
     arrays = Arrays(
         q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
     )
     call = check(SHAPES, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation,
                  None, score_fn, mask_fn)  # fmt: skip
-    return choice.explain(table(call), call)
+    return devices.explained(choice.explain(table(call), call), table(call), call, capability())
 
 
 def implementations() -> tuple[Implementation, ...]:

@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 
-from attend_shared import choice
+from attend_shared import avoid, choice, devices
 from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.choice import Explanation, Implementation
 from attend_shared.merging import check_merge, merge_parts
 from attend_torch.arrays import FRAMEWORK, device_type, signed
 from attend_torch.implementations import table
+from attend_torch.machine import capability
 from attend_torch.philox import seed_words
+
+# Found when a call is compiled, and a constant in it: what torch.compiler.assume_constant_result says, which would load
+# the compiler here.
+avoid.in_force._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(
@@ -189,8 +194,9 @@ def explain(
         As in `attend`, and checked alike. Only shapes, dtypes and options matter.
 
     Returns:
-        Explanation(chosen, rows): the name or None, and (name, None or the reason of its refusal) for every
-        implementation, in order of preference. str() is a table.
+        Explanation(chosen, rows, notes): the name or None; (name, None or the reason of its refusal) for every
+        implementation, in order of preference, with what the file of ATTEND_AVOID rules out; and why that file does not
+        hold here, if so. str() is a table.
 
     Raises:
         TypeError, ValueError: as in `attend`. A call that nothing can serve raises nothing: chosen is None.
@@ -202,7 +208,7 @@ def explain(
         ('einsum', 'it has no softcap')
 
     References:
-        docs/implementations.md: what each implementation can do.
+        docs/implementations.md: what each implementation can do. docs/doctor.md: what ATTEND_AVOID is.
     """
     arrays = Arrays(
         q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
@@ -211,7 +217,7 @@ def explain(
         arrays = _autocast(arrays, torch.get_autocast_dtype(kind))
     call = check(FRAMEWORK, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation,
                  None, score_fn, mask_fn)  # fmt: skip
-    return choice.explain(table(call), call)
+    return devices.explained(choice.explain(table(call), call), table(call), call, capability())
 
 
 def implementations() -> tuple[Implementation, ...]:

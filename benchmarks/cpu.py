@@ -101,15 +101,21 @@ class Run:
         """Seconds."""
         return self.end - time.monotonic()
 
-    def resume(self, todo: list[Job]) -> list[Job]:
-        """The jobs that an earlier run, whose file this one goes on with, did not come to, or did not finish."""
+    def resume(self, todo: list[Job], again: str = "") -> list[Job]:
+        """The jobs that an earlier run, whose file this one goes on with, did not come to, or did not finish.
+
+        `again` says which jobs these are where all of them are to be measured anew, whatever the run before has.
+        """
         before = json.loads(self.path.read_text())
         if before["machine"] != self.results["machine"]:
             raise click.ClickException(f"{self.path} was measured on another machine: {before['machine']}")
+        if again:
+            self.session["again"] = again
         done = {
             (Workload(**each["workload"]), each["entry"], each["fresh"])
-            for each in before["measurements"] if TIME_IS_UP not in (each["not_run"], each.get("cut_short"))
-        }  # fmt: skip
+            for each in before["measurements"]
+            if not again and TIME_IS_UP not in (each["not_run"], each.get("cut_short"))
+        }
         left = [job for job in todo if any((job.workload, entry.name, job.fresh) not in done for entry in job.entries)]
         again = {(job.workload, entry.name, job.fresh) for job in left for entry in job.entries}
         kept = [
@@ -134,6 +140,9 @@ class Run:
         worker = Worker(self.lanes[0])
         try:
             versions = worker.ask(120, "versions")
+            if "again" in self.session:  # other sources are what is to be measured
+                self.session["sources"] = versions["sources"]
+                versions["sources"] = self.results["versions"]["sources"]
             if self.results["versions"] not in ({}, versions):
                 raise click.ClickException(f"{self.path} was measured with {self.results['versions']}, not {versions}")
             self.save(versions=versions)
@@ -255,17 +264,20 @@ class Run:
 @click.option("--quick", "short", is_flag=True, help="The smallest workload, once.")
 @click.option("--only", default="", help="Only what has each of these words in its title, such as 'causal 2048'.")
 @click.option("--resume", is_flag=True, help="Measure what the run before, in the same file, did not come to.")
+@click.option("--again", is_flag=True, help="Measure what --only names anew, and keep the rest of the same file.")
 @click.option("--publish", is_flag=True, help="Renew docs/results/cpu.json, docs/benchmarks-cpu.md and its plot.")
 def main(
-    out: Path, minutes: float, gigabytes: float, short: bool, only: str, resume: bool, publish: bool
+    out: Path, minutes: float, gigabytes: float, short: bool, only: str, resume: bool, again: bool, publish: bool
 ) -> None:  # fmt: skip
     """Measure attention on this CPU against its peers, and print the tables."""
     width = shutil.get_terminal_size((150, 24)).columns
     console = Console(width=max(width, 150))
     run, todo = Run(out, minutes, 1e9 * gigabytes, cores()), quick() if short else jobs(minutes)
     todo = [job for job in todo if all(word in job.title.replace(",", "").split() for word in only.split())]
-    if resume:
-        todo = run.resume(todo)
+    if again and not only:
+        raise click.UsageError("--again needs --only: which jobs?")
+    if resume or again:
+        todo = run.resume(todo, only if again else "")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         run.facts(counted=not short)

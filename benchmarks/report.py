@@ -462,6 +462,7 @@ def section(run: dict[str, Any]) -> str:
     sessions = "; ".join(
         f"{each['started'][:16].replace('T', ' ')} UTC, {each['seconds'] / 60:.0f} of at most {each['minutes']:.0f} "
         f"minutes, {each['lanes']} measurements at a time, load of the machine before it {each['load at start']:.1f}"
+        + (f", jobs with the words '{each['again']}' anew, sources {each['sources']}" if "again" in each else "")
         for each in run["sessions"]
     )
     about = f"{facts[0].upper()}{facts[1:]}. {packages}. Measured on {sessions}."

@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.pop("ATTEND_AVOID", None)  # what is avoided on this machine is no test's business
 
 # The first example of a JAX property compiles: time says nothing there.
 settings.register_profile("attend", deadline=None, suppress_health_check=[HealthCheck.too_slow])

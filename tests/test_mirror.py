@@ -25,6 +25,8 @@ PACKAGES = ("attend_torch", "attend_jax")
 # What exists on one side only, and why.
 ONE_SIDED_FILES = {
     "attend_torch/implementations/sdpa.py": "torch's own attention",
+    "attend_torch/implementations/flex.py": "torch's own attention with functions",
+    "attend_torch/programs.py": "FlexAttention takes functions of single numbers; JAX traces in functions.py",
     "attend_jax/implementations/xla.py": "JAX's own attention",
     "attend_jax/implementations/cudnn.py": "JAX's own attention on NVIDIA GPUs, where torch's is inside sdpa",
     "attend_torch/hooks/transformers.py": "the host is a PyTorch library",
@@ -51,6 +53,7 @@ ONE_SIDED_NAMES = {
     "attend_jax.attend.Array": "JAX takes NumPy arrays as well",
     "attend_jax.convert.Array": "JAX takes NumPy arrays as well",
     "attend_jax.multihead.HIGHEST": "torch multiplies float32 in full unless it is told otherwise",
+    "attend_jax.multihead.product": "XLA needs to be led to a fast product of few rows on a CPU",
 }
 OTHER_SIGNATURES = {
     "arrays.indices": "torch must know on which device",

@@ -306,13 +306,16 @@ def test_left_padding_with_causal(framework: str, dtype: str) -> None:
 def test_cudnn_in_jax_refuses_what_it_means_otherwise() -> None:
     """Whatever this machine has: a refusal looks at shapes only."""
     q, bias = jax.ShapeDtypeStruct((2, 4, 64, 64), jnp.bfloat16), jax.ShapeDtypeStruct((1, 4, 64, 64), jnp.bfloat16)
-    options: tuple[Any, ...] = (False, None, None, None, 0.0, False, "bhnd", None)
 
-    def refusal(**arrays: Any) -> str | None:
+    def refusal(q: Any = q, k: Any = q, causal: bool = False, scale: float = 0.5, **arrays: Any) -> str | None:
         with jax.numpy_dtype_promotion("standard"):
-            return cudnn.refusal(check(SHAPES, Arrays(q, q, q, **arrays), *options))
+            options = causal, None, None, scale, 0.0, False, "bhnd", None
+            return cudnn.refusal(check(SHAPES, Arrays(q, k, k, **arrays), *options))
 
-    assert refusal() is None
+    assert refusal() is refusal(causal=True) is refusal(scale=-0.5) is None
+    assert refusal(causal=True, scale=-0.5) is not None  # NaN
+    assert refusal(q=jax.ShapeDtypeStruct((2, 4, 1, 64), jnp.bfloat16)) is None
+    assert refusal(k=jax.ShapeDtypeStruct((2, 4, 65, 64), jnp.bfloat16)) is not None  # its gradient raises
     assert refusal(mask=jax.ShapeDtypeStruct((2, 64), jnp.bool_)) is not None
     assert refusal(mask=jax.ShapeDtypeStruct((2, 1, 1, 64), jnp.bool_)) is not None
     assert refusal(bias=bias) is not None

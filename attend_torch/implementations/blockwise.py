@@ -42,8 +42,8 @@ def unavailable() -> str | None:
 
 
 def refusal(call: Call) -> str | None:
-    """None: it serves every call."""
-    return None
+    """Why it cannot serve this call, or None."""
+    return rowwise.refusal(call)
 
 
 def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 Slower than `blockwise`, since nothing is skipped and the way back computes each block again, but its derivatives are
 those of plain code: forward mode, reverse mode, and any mixture of them stay linear in memory.
 
-Custom scores are served here, for `blockwise` too: there keys that no query of a block can reach are skipped.
+Custom scores are served here, for `blockwise` too: there keys that no query of a block can reach are left out, and on a
+CPU, where looking at data waits for nothing, those behind every length and of other segments.
 """
 
 from __future__ import annotations
@@ -30,8 +31,18 @@ def unavailable() -> str | None:
 
 
 def refusal(call: Call) -> str | None:
-    """None: it serves every call."""
+    """Why it cannot serve this call, or None."""
+    if call.custom and in_gradient():
+        return "inside torch.func.grad, where it cannot compute scores again, it would keep all of them"
     return None
+
+
+def in_gradient() -> bool:
+    """Whether this is inside a torch.func transform that records a graph of its own."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling() or functorch.peek_interpreter_stack() is None:
+        return False
+    return any(each.key() == functorch.TransformType.Grad for each in functorch.get_interpreter_stack())
 
 
 def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
@@ -67,11 +78,14 @@ def _block(call: Call, first: int, *data: Any) -> tuple[Tensor, Tensor]:
 
     arrays = Arrays(*data)
     i, j, first_key = arrays.q.shape[2], call.j, 0
-    if call.positional:
-        offset = {"zero": 0, "end": call.j - call.i, "data": arrays.q_offset}[call.offset]
-        if call.custom and not call.dropout:  # whose keys begin with 0
-            first_key, end = blocks.reach(call, offset, first, i)
+    offset = {"zero": 0, "end": call.j - call.i, "data": arrays.q_offset}[call.offset] if call.positional else 0
+    if call.custom and not call.dropout:  # whose keys begin with 0
+        first_key, end = blocks.reach(call, offset, first, i)
+        if _may_look(call, arrays):
+            first_key, end = _within(call, arrays, first, first_key, end)
+        if (first_key, end) != (0, call.j):
             arrays, j = _keys(call, arrays, first_key, end), end - first_key
+    if call.positional:
         arrays = arrays._replace(q_offset=moved(offset, first - first_key))
     if call.q_lengths:
         arrays = arrays._replace(q_lengths=moved(arrays.q_lengths, -first))
@@ -93,6 +107,30 @@ def _keys(call: Call, arrays: Arrays, first: int, end: int) -> Arrays:
         kv_segment_ids=arrays.kv_segment_ids[:, keys] if call.segments else None,
         kv_lengths=arrays.kv_lengths.long() - first if call.kv_lengths else None,
     )  # fmt: skip
+
+
+def _may_look(call: Call, arrays: Arrays) -> bool:
+    """Whether lengths and segments may be looked at: they are where Python runs, and no one follows what it does."""
+    if call.platform != "cpu" or torch.compiler.is_compiling():
+        return False
+    return (call.segments or call.q_lengths or call.kv_lengths) and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _within(call: Call, arrays: Arrays, first: int, low: int, high: int) -> tuple[int, int]:
+    """Of the keys from low up to high those from the first to the last that some item lets a query of a block see.
+
+    Segment ids in `arrays` are those of the block, which begins at `first`.
+    """
+    if call.q_lengths and not bool((arrays.q_lengths > first).any()):
+        return low, low
+    if call.kv_lengths:
+        high = max(low, min(high, int(arrays.kv_lengths.max())))
+    if call.segments and low < high:
+        least, greatest = torch.aminmax(arrays.q_segment_ids, dim=1, keepdim=True)
+        ids = arrays.kv_segment_ids[:, low:high]
+        seen = ((ids >= least) & (ids <= greatest)).any(0).nonzero()
+        low, high = (low + int(seen[0]), low + int(seen[-1]) + 1) if len(seen) else (low, low)
+    return low, high
 
 
 class _Plan(NamedTuple):

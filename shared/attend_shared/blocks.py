@@ -55,7 +55,7 @@ def is_small(call: Call) -> bool:
 
 def is_large(call: Call) -> bool:
     """Whether blocks beat a fused library whose own path for this call makes whole arrays of logits."""
-    return call.i * call.j > 4 * BLOCK * BLOCK
+    return call.i * call.j >= 4 * BLOCK * BLOCK
 
 
 class Seen(NamedTuple):

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-NAMES = ("sdpa", "cudnn", "triton", "blockwise", "xla", "rowwise", "einsum")  # of implementations of either framework
+# Of implementations of either framework.
+NAMES = ("fa4", "sdpa", "cudnn", "triton", "flex", "blockwise", "xla", "rowwise", "einsum")
 LAYOUTS = ("bhnd", "bnhd")
 LAYOUT_NAMES = 'one of "bhnd", "bnhd"'
 LAYOUT_ADVICE = "bhnd is (batch, heads, length, head size), bnhd is (batch, length, heads, head size)."
@@ -76,6 +77,7 @@ class Call(NamedTuple):
         custom: whether there is a score_fn or a mask_fn.
         score_fn, mask_fn: None, or the caller's functions, as `attend` describes them. What they capture is no part of
             a call: JAX makes them programs over data before a call is compared with others.
+        one_length: whether one array is both q_lengths and kv_lengths.
     """
 
     framework: str
@@ -110,6 +112,7 @@ class Call(NamedTuple):
     custom: bool = False
     score_fn: Callable[..., Any] | None = None
     mask_fn: Callable[..., Any] | None = None
+    one_length: bool = False
 
     @property
     def accumulation(self) -> str:
@@ -289,7 +292,7 @@ def check(
         q_lengths is not None, kv_lengths is not None, sinks_dtype, softcap, scale, dropout, bool(return_lse),
         bias is not None and framework.wants_gradient(arrays.bias),
         bias is not None and any(map(framework.wants_gradient, (q, k, v))),
-        flash or None, names, custom, score_fn, mask_fn,
+        flash or None, names, custom, score_fn, mask_fn, q_lengths is not None and q_lengths is kv_lengths,
     ))  # fmt: skip
 
 
@@ -527,8 +530,11 @@ def _names(implementation: Any, flash: bool | None) -> tuple[str, ...] | None:
     if implementation is None:
         return None
     names = (implementation,) if isinstance(implementation, str) else implementation
+    right = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+    if right and names and all(name in NAMES for name in names):
+        return tuple(names)
     listed = ", ".join(f'"{name}"' for name in NAMES)
-    if not isinstance(names, (tuple, list)) or not all(isinstance(name, str) for name in names):
+    if not right:
         raise wrong(
             TypeError,
             "implementation",
@@ -536,11 +542,7 @@ def _names(implementation: Any, flash: bool | None) -> tuple[str, ...] | None:
             implementation,
             f"The names are {listed}.",
         )
-    if not names or any(name not in NAMES for name in names):
-        raise wrong(
-            ValueError, "implementation", f"one of {listed}", implementation, "Pass None for the fastest that can."
-        )
-    return tuple(names)
+    raise wrong(ValueError, "implementation", f"one of {listed}", implementation, "Pass None for the fastest that can.")
 
 
 def _mask_shape(framework: Framework, mask: Any, b: int, h: int, i: int, j: int) -> tuple[int, ...]:

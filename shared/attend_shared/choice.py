@@ -1,10 +1,14 @@
-"""The choice among implementations. A named one never gives way to another, and no exception is swallowed."""
+"""The choice among implementations. A named one never gives way to another, and no exception is swallowed.
+
+What the file of ATTEND_AVOID rules out (`attend_shared.avoid`) is not chosen; asked for by name, it runs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from attend_shared import avoid
 from attend_shared.call import Call
 from attend_shared.errors import UnsupportedError
 
@@ -32,7 +36,8 @@ class Explanation(NamedTuple):
 
     Attributes:
         chosen: the name, or None where none can serve.
-        rows: (name, None or the reason why it refuses), in order of preference.
+        rows: (name, None or the reason why it refuses or is avoided), in order of preference.
+        notes: what else bears on the choice: that the file of ATTEND_AVOID does not hold for this machine.
 
     Example:
         >>> print(Explanation("einsum", (("sdpa", "it has no softcap"), ("einsum", None))))
@@ -43,12 +48,14 @@ class Explanation(NamedTuple):
 
     chosen: str | None
     rows: tuple[tuple[str, str | None], ...]
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         cells = [("implementation", "serves", "why not")]
         cells += [(n, "chosen" if n == self.chosen else "no" if why else "yes", why or "") for n, why in self.rows]
         wide = max(len(row[0]) for row in cells)
-        return "\n".join(f"{name:{wide}}  {serves:6}  {why}".rstrip() for name, serves, why in cells)
+        lines = (f"{name:{wide}}  {serves:6}  {why}".rstrip() for name, serves, why in cells)
+        return "\n".join((*lines, *self.notes))
 
 
 class Entry(NamedTuple):
@@ -82,11 +89,15 @@ def choose(table: Iterable[Entry], call: Call) -> Entry:
 
     Raises:
         UnsupportedError: with every reason, where none can.
+        AvoidFileError: the file of ATTEND_AVOID cannot be read.
     """
     reasons = []
     if call.names is None:
+        avoids = avoid.in_force(call.framework, call.platform)
         for entry in table:
             reason = refusal(entry, call)
+            if avoids and reason is None:
+                reason = avoid.why(entry.name, call)
             if reason is None:
                 return entry
             reasons.append((entry.name, reason))
@@ -102,9 +113,14 @@ def choose(table: Iterable[Entry], call: Call) -> Entry:
 def explain(table: Iterable[Entry], call: Call) -> Explanation:
     """What `choose` would do, without doing it and without raising."""
     table = tuple(table)
-    rows = tuple((entry.name, refusal(entry, call)) for entry in table)
-    able = [name for name, reason in rows if reason is None]
-    return Explanation(next((name for name, _ in _asked(table, call) if name in able), None), rows)
+    avoids = avoid.in_force(call.framework, call.platform)
+    refused = {entry.name: refusal(entry, call) for entry in table}
+    rows = tuple((name, reason or (avoid.why(name, call) if avoids else None)) for name, reason in refused.items())
+    reasons = dict(rows) if call.names is None else refused  # asked for by name, what is avoided runs
+    able = [name for name, reason in reasons.items() if reason is None]
+    note = avoid.note(call.framework, call.platform)
+    chosen = next((name for name, _ in _asked(table, call) if name in able), None)
+    return Explanation(chosen, rows, () if note is None else (note,))
 
 
 def implementations(table: Iterable[Entry]) -> tuple[Implementation, ...]:

@@ -1,10 +1,15 @@
-"""The command `attend`: demo, parity, explain, port. Frameworks are loaded where they are asked for, and only those."""
+"""The command `attend`: bench, demo, doctor, parity, explain, port.
+
+Frameworks are loaded where they are asked for, and only those.
+"""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -18,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from attend_shared import cases, demo, parity, pictures, port, report, wrong_calls
+from attend_shared import avoid, cases, demo, doctor, doctor_picture, parity, pictures, port, report, wrong_calls
 from attend_shared.call import DTYPES, LAYOUTS, NAMES
 from attend_shared.cases import Case
 from attend_shared.checkpoints import CheckpointError
@@ -28,7 +33,9 @@ from attend_shared.parity import CHECKS, EVERYTHING, FRAMEWORKS, Difference, Res
 __all__ = ["main"]
 
 SHOWN = 5  # failures that are printed in full
-STYLES = {"ok": "green", "passed": "green", "failed": "bold red", "refused": "dim"}
+STYLES = {"ok": "green", "passed": "green", "failed": "bold red", "refused": "dim", "safe": "green", "refuses": "dim",
+          "wrong": "bold red", "crashed": "bold red", "hung": "bold red", "not run": "yellow"}  # fmt: skip
+SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64"}
 
 
 class Wrong(click.ClickException):
@@ -353,6 +360,191 @@ def _int(text: str) -> int:
         raise Wrong(f"--q-offset: expected an int or data, got {text!r}.") from error
 
 
+# attend doctor
+
+
+@main.command("doctor")
+@click.option(
+    "--framework",
+    "frameworks",
+    multiple=True,
+    type=click.Choice(FRAMEWORKS),
+    help="Only this one; may be given again. Default: those that are installed.",
+)
+@click.option("--device", type=click.Choice(("cpu", "cuda")), help="Default: the GPU, where a framework has one.")
+@click.option(
+    "--implementation", "implementations", multiple=True, metavar="NAME", help="Only this one; may be given again."
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(DTYPES),
+    help=f"Only this one; may be given again. Default: {', '.join(doctor.DTYPES)}.",
+)
+@click.option("--quick", is_flag=True, help=f"The calls that fail most often, in {' and '.join(doctor.QUICK_DTYPES)}.")
+@click.option("--forward", is_flag=True, help="Judge out and lse alone, for a machine that never trains.")
+@click.option(
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help=f"Write a file that makes the choice avoid what is wrong, for {avoid.VARIABLE}.",
+)
+@click.option("--force", is_flag=True, help="Replace the files of --output and --picture.")
+@click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it as a PNG; needs matplotlib.")
+@click.option("--jobs", type=click.IntRange(1), help="Processes at a time. Default: one for every two processors.")
+@click.option(
+    "--limit", type=click.FloatRange(0, min_open=True), default=doctor.LIMIT, show_default=True,
+    help="Seconds that a call may take before it counts as hung.",
+)  # fmt: skip
+def doctor_command(
+    frameworks: tuple[str, ...],
+    device: str | None,
+    implementations: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    quick: bool,
+    forward: bool,
+    output: Path | None,
+    force: bool,
+    picture: Path | None,
+    jobs: int | None,
+    limit: float,
+) -> None:
+    """Run the calls that kernels are known to get wrong on every implementation of this machine, forward and backward.
+
+    Each implementation runs in processes of its own, so that one that crashes or hangs is a finding like any other.
+
+    Exit status: 0 if everything that implementation=None takes is right here, whatever else is wrong; 1 if something
+    that it takes is wrong, crashes or hangs; 2 if it cannot be run. A file that ATTEND_AVOID names has its say in what
+    is taken.
+    """
+    for file in (output, picture):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise Wrong(f"{file}: there is no folder {file.parent} to write it to.")
+        if file is not None and file.exists() and not force:
+            raise Wrong(f"{file}: there is such a file. --force replaces it.")
+    _settle("" if device is None else device)
+    twins, missing = _load(frameworks)
+    names = [it.name for twin in twins for it in twin.table]
+    for name in implementations:
+        if name not in names:
+            raise Wrong(f"--implementation: expected one of {', '.join(dict.fromkeys(names))}, got {name!r}.")
+    platforms = {twin.framework: device or twin.bridge.devices()[-1] for twin in twins}
+    try:
+        for framework, platform in platforms.items():
+            where = [twin for twin in twins if twin.framework == framework]
+            parity.where(where, platform)
+            missing += [note] if (note := avoid.note(framework, platform)) else []
+    except avoid.AvoidFileError as error:
+        raise Wrong(f"{avoid.VARIABLE}: {error}") from error
+    except ValueError as error:
+        raise Wrong(f"--device: {error}") from error
+    if avoids := os.environ.get(avoid.VARIABLE):
+        missing += [f"{avoid.VARIABLE}={avoids} has its say in what implementation=None takes"]
+    machines = tuple(it for key in platforms.items() if (it := avoid.machine(*key)) is not None)
+    out = _console()
+    for it in machines:
+        versions = ", ".join(f"{name} {version}" for name, version in it.versions.items())
+        _say(out, f"{it.framework} on {it.platform}: {' '.join((it.device, it.capability)).strip()}; {versions}", "dim")
+    for line in missing:
+        _say(out, line, "dim")
+
+    started = time.perf_counter()
+    them = doctor.targets(twins, platforms, implementations)
+    pairs = doctor.plan(dtypes or (doctor.QUICK_DTYPES if quick else doctor.DTYPES), quick)
+    findings: list[doctor.Finding] = []
+    processes = jobs or max(1, (os.cpu_count() or 1) // 2)
+    with _progress() as progress:
+        task = progress.add_task("doctor", total=len(them) * len(pairs))
+        for finding in doctor.examine(them, pairs, jobs=processes, limit=limit, gradients=not forward):
+            findings.append(finding)
+            progress.update(task, advance=1, description=f"{finding.framework} {finding.implementation}")
+    order = {(it.framework, it.implementation): n for n, it in enumerate(them)}
+    place = {(canary.name, dtype): n for n, (canary, dtype) in enumerate(pairs)}
+    findings.sort(key=lambda it: (order[it.framework, it.implementation], place[it.canary, it.dtype]))
+    device_words = ", ".join(dict.fromkeys(it.device for it in machines))
+    run = doctor.Run(device_words, machines, tuple(missing), tuple(findings), not forward,
+                     time.perf_counter() - started)  # fmt: skip
+
+    _print_doctor(out, run, them)
+    if output is not None:
+        _write_anew(output, json.dumps(doctor.as_json(run), indent=1, allow_nan=False) + "\n", force)
+        _say(out, f"written: {output}", "dim")
+    if picture is not None:
+        _write_anew(picture, doctor_picture.draw(run), force)
+        _say(out, f"written: {picture}", "dim")
+    if run.bad:
+        name = "FILE" if output is None else os.path.abspath(output)
+        first = "attend doctor --output FILE writes what to avoid; " if output is None else ""
+        _say(out, f"{first}to have the choice avoid what is wrong: export {avoid.VARIABLE}={name}")
+    if run.taken:
+        raise SystemExit(1)
+
+
+def _write_anew(path: Path, content: str | bytes, force: bool) -> None:
+    try:
+        report.write(path, content, replace=force)
+    except FileExistsError as error:
+        raise Wrong(f"{path}: there is such a file by now. --force replaces it.") from error
+    except OSError as error:
+        raise Wrong(f"{path}: it cannot be written: {error.strerror or error}.") from error
+
+
+def _print_doctor(out: Console, run: doctor.Run, them: Sequence[doctor.Target]) -> None:
+    found: dict[tuple[str, str, str], list[doctor.Finding]] = {}
+    for it in run.findings:
+        found.setdefault((it.framework, it.implementation, it.canary), []).append(it)
+    rows = list(dict.fromkeys(it.canary for it in run.findings))
+    served = {(it.framework, it.implementation) for it in run.findings if it.verdict != "refuses"}
+    for framework in dict.fromkeys(it.framework for it in them if (it.framework, it.implementation) in served):
+        names = [it.implementation for it in them if it.framework == framework]
+        names = [name for name in names if (framework, name) in served]
+        table = _table(("call", *names), framework)
+        table.columns[0].no_wrap = True
+        for row in rows:
+            table.add_row(row, *(_cell(found.get((framework, name, row), [])) for name in names))
+        out.print(table)
+    _say(out, "* is what implementation=None takes; - refuses, as what is not listed does throughout\n", "dim")
+    again = [it for it in run.findings if it.bits is not None]
+    if again:
+        table = _table(("implementation", "the same bits twice", "other bits, and in what"), "Run twice")
+        for each in dict.fromkeys((it.framework, it.implementation) for it in again):
+            mine = [it for it in again if (it.framework, it.implementation) == each]
+            other = [f"{it.canary} {SHORT[it.dtype]}: {', '.join(it.bits)}" for it in mine if it.bits]
+            table.add_row(" ".join(each), f"{len(mine) - len(other)} of {len(mine)}", Text("; ".join(other)))
+        out.print(table)
+    refused = doctor.reasons(run.findings)
+    if refused:
+        table = _table(("implementation", "#calls", "reason"), "Refused")
+        for framework, implementation, reason, n in refused:
+            table.add_row(f"{framework} {implementation}", str(n), Text(reason))
+        out.print(table)
+    for it in run.bad[:SHOWN]:
+        taken = ", which implementation=None takes" if it.chosen else ""
+        said = it.verdict if it.verdict != "wrong" else f"{', '.join(it.results)} wrong"
+        _say(out, f"{it.framework} {it.implementation} {it.dtype}, {it.canary}: {said}{taken}", STYLES[it.verdict])
+        _say(out, f"{it.text}\n")
+    if len(run.bad) > SHOWN:
+        _say(out, f"and {len(run.bad) - SHOWN} more, all of them in the file of --output\n")
+    _say(out, run.verdict, STYLES["failed" if run.taken else "ok"])
+
+
+def _cell(found: Sequence[doctor.Finding]) -> Text:
+    """What came of a call in all dtypes: what is not as good as the rest with its dtypes."""
+    chosen = "*" if any(it.chosen for it in found) else ""
+    said = list(dict.fromkeys(it.verdict for it in found))
+    if said == ["refuses"]:
+        return Text("-", STYLES["refuses"])
+    if said == ["safe"]:
+        return Text(f"safe{chosen}", STYLES["safe"])
+    parts = []
+    for verdict in doctor.VERDICTS:
+        mine = [it for it in found if it.verdict == verdict]
+        if mine and verdict != "refuses":
+            word = verdict.upper() if verdict == "wrong" else verdict
+            parts.append(Text(f"{word} {' '.join(SHORT[it.dtype] for it in mine)}", STYLES[verdict]))
+    return Text(", ").join(parts) + Text(chosen)
+
+
 # attend demo
 
 
@@ -488,6 +680,35 @@ def port_command(source: Path, target: Path, to: Any, verified: bool, overwrite:
     _say(out, verdict, STYLES["failed" if wrong else "ok"])
     if wrong:
         raise SystemExit(1)
+
+
+# attend bench
+
+
+@main.command("bench", context_settings={"ignore_unknown_options": True})
+@click.option("--device", type=click.Choice(("cpu", "cuda")), help="Default: the GPU, where there is one.")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def bench_command(device: str | None, arguments: tuple[str, ...]) -> None:
+    """Measure time and memory of attention against its peers here. The benchmarks are in a checkout of this project.
+
+    ARGUMENTS are those of the benchmark, which lists them: attend bench --device cpu -- --help, or cuda.
+
+    Exit status: that of the benchmark; 2 if there is none.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "benchmarks" / "gpu" / "__main__.py").is_file():
+        raise Wrong(
+            "The benchmarks are not installed with the packages. Get a checkout of this project, and in it: "
+            'pip install -e ".[all]", then attend bench.'
+        )
+    if device is None:
+        _settle("")
+        twins, _ = _load(())
+        device = "cuda" if any("cuda" in twin.bridge.devices() for twin in twins) else "cpu"
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    module = {"cpu": "benchmarks.cpu", "cuda": "benchmarks.gpu"}[device]
+    run = subprocess.run([sys.executable, "-m", module, *arguments], env={**os.environ, "PYTHONPATH": path})
+    raise SystemExit(run.returncode)
 
 
 # What they share.

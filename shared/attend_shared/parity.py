@@ -461,6 +461,10 @@ def explain(twin: Twin, problem: Problem, device: str | None = None) -> Explanat
     dtypes = {name: x.dtype.name for name, x in given.items() if isinstance(x, np.ndarray)} | problem.dtypes
     with shapes(twin.framework, device, "float64" in dtypes.values()) as shape:
         arguments = {name: shape(x.shape, dtypes[name]) if name in dtypes else x for name, x in given.items()}
+        for name in {"score_fn", "mask_fn"} & given.keys():
+            table = given[name].table
+            dtype = dtypes.get("table", table.dtype.name) if name == "score_fn" else table.dtype.name
+            arguments[name] = given[name].of(shape(table.shape, dtype))
         return twin.package.explain(**arguments, return_lse=problem.lse_cotangent is not None)
 
 

@@ -140,13 +140,19 @@ def finite(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x for name, x in fields.items()}
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes, replace: bool = True) -> None:
     """Write a file beside its name and rename it there, so that no one finds half of it.
 
     Args:
         path: in a folder that exists.
         content: text becomes UTF-8.
+        replace: whether a file that is there gives way.
+
+    Raises:
+        FileExistsError: one is there, and does not.
     """
+    if not replace and path.exists():
+        raise FileExistsError(f"{path} is there")
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,0 +1,66 @@
+"""FlashAttention-4's CuTe kernels, from the package fa4-jax, on Hopper GPUs.
+
+What they take, and how a call is put to them, is `attend_shared.flash`. A kernel is compiled when a call is, for some
+seconds; lengths are no part of a kernel.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from attend_jax.arrays import hide, hide_rows
+from attend_jax.implementations import einsum
+from attend_shared import flash
+from attend_shared.call import Arrays, Call
+
+PACKAGE = flash.FA4_JAX
+MISSING = flash.missing(PACKAGE)
+
+
+def unavailable() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    if MISSING:
+        return MISSING
+    if jax.default_backend() != "gpu":
+        return "it needs an NVIDIA GPU"
+    major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "0.0")).partition(".")
+    return flash.wrong_device((int(major), int(minor or 0)))
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernels cannot serve this call, or None."""
+    if call.platform != "cuda":
+        return "it runs on an NVIDIA GPU"
+    return flash.refusal(call, PACKAGE)
+
+
+def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
+    """out (b h i dv) in q's dtype; there is no lse. Differentiable in reverse."""
+    if call.is_empty:
+        return einsum.attend(call, arrays)[0], None
+    import fa4_jax
+
+    counts_q, counts_kv = flash.counted(call)
+    if call.q_lengths and not counts_q:
+        arrays = hide(call, arrays)
+    size = flash.size(call)
+    q, k, v = (_padded(x, size).swapaxes(1, 2) for x in arrays[:3])  # (b n h size)
+    options = {"window_size": flash.window(call), "scale": call.scale}
+    if counts_q or counts_kv:
+        out = fa4_jax.flash_attn_varlen(
+            *(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)),  # (b * n, h, size)
+            *(jnp.array(flash.starts(call.b, n), jnp.int32) for n in (call.i, call.j)),
+            seqused_q=flash.used(arrays.q_lengths, call.i) if counts_q else None,
+            seqused_k=flash.used(arrays.kv_lengths, call.j) if counts_kv else None,
+            defined_padding=True, **options,
+        ).reshape(q.shape)  # fmt: skip
+    else:
+        out = fa4_jax.flash_attn(q, k, v, **options)
+    out = out.swapaxes(1, 2)[..., : call.dv]
+    return (hide_rows(call, arrays, out) if call.q_lengths and not counts_q else out), None
+
+
+def _padded(x: jax.Array, size: int) -> jax.Array:
+    """x (b h n d), with zeros behind it up to the size."""
+    return x if x.shape[3] == size else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3])))

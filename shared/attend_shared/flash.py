@@ -1,0 +1,162 @@
+"""FlashAttention-4's packages, one for each framework: what they take, in words, and how a call is put to them.
+
+Both have the same kernels, written in CuTe: flash-attn-4 for torch, fa4-jax for JAX. Which calls they may have is
+decided here, once; a framework's file moves data and calls.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from packaging.version import Version
+
+from attend_shared.call import Call
+
+# Of heads. Between these some kernels cannot be compiled, and others have wrong gradients: sizes that are an odd number
+# of 16s, where dq is summed in blocks of 16 and read in blocks of 32.
+SIZES = (32, 64, 96, 128, 192, 256)
+CAPABILITY = (9, 0)
+MOST = 65535  # items and heads, of which a grid has one block each
+
+
+class Package(NamedTuple):
+    """One of the packages.
+
+    Attributes:
+        name: on PyPI.
+        version: the one that was held against the contract. What is called in it is not its public face.
+        extra: of this project, which installs it.
+        needs: other packages that it needs, as (name, version).
+        modules: what it imports that others install; nvidia-cutlass-dsl's lies on a path of its own.
+        softcap, sinks: whether it has them.
+        lse: whether its lse has a gradient.
+    """
+
+    name: str
+    version: str
+    extra: str
+    needs: tuple[tuple[str, str], ...]
+    modules: tuple[str, ...]
+    softcap: bool
+    sinks: bool
+    lse: bool
+
+
+FLASH_ATTN_4 = Package(
+    "flash-attn-4", "4.0.0b36", "fa4", (), ("flash_attn", "cutlass", "quack", "tvm_ffi"), True, True, True
+)
+# jax-tvm-ffi 0.1.3 registers its targets where jaxlib does not look.
+FA4_JAX = Package(
+    "fa4-jax", "0.1.0", "fa4-jax", (("jax-tvm-ffi", "0.1.2"),), ("fa4_jax", "cutlass", "cutejax", "tvm_ffi"),
+    False, False, False,
+)  # fmt: skip
+
+
+def missing(package: Package) -> str | None:
+    """Why the package cannot be used, as far as can be seen without importing it, or None."""
+    install = f'pip install "attend-twin[{package.extra}]"'
+    for name, wanted in ((package.name, package.version), *package.needs):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            return f"it needs {name} {wanted}: {install}"
+        if Version(found) != Version(wanted):
+            return f"it was proved with {name} {wanted}, not {found}: {install}"
+    lost = [module for module in package.modules if find_spec(module) is None]
+    if lost:
+        return f"{package.name} is here, but Python finds no {' and no '.join(lost)}: {install}"
+    return None
+
+
+def wrong_device(capability: tuple[int, ...]) -> str | None:
+    """Why the kernels must not run on an NVIDIA GPU of this compute capability, or None."""
+    if capability == CAPABILITY:
+        return None
+    return f"it was proved on compute capability 9.0 (Hopper), and this GPU has {'.'.join(map(str, capability))}"
+
+
+def refusal(call: Call, package: Package) -> str | None:
+    """Why the package cannot serve this call, or None."""
+    if call.dtype not in ("float16", "bfloat16"):
+        return f"it takes float16 and bfloat16, not {call.dtype}"
+    if max(call.d, call.dv) > SIZES[-1]:
+        return f"it takes head sizes of up to {SIZES[-1]}, not {max(call.d, call.dv)}"
+    if max(call.b, call.h) > MOST:
+        return f"it takes up to {MOST} items and heads"
+    if call.mask is not None:
+        return "it has no mask"
+    if call.bias is not None:
+        return "it has no bias"
+    if call.segments:
+        return "it takes segments that lie one after the other, and ids, which are data, need not"
+    if call.dropout:
+        return "it has no dropout"
+    if call.softcap is not None and not package.softcap:
+        return "it has no softcap"
+    if call.sinks is not None and not package.sinks:
+        return "it has no sinks"
+    if call.sinks not in (None, call.dtype):
+        return f"its gradient of sinks is made of an out that is rounded to {call.dtype}, too coarse for {call.sinks}"
+    if call.return_lse and not package.lse:
+        return "it has no differentiable lse"
+    if call.return_lse and call.softcap is not None:
+        return "its softcap is an approximate tanh, too coarse for an lse in float32"
+    if call.scale <= 0:
+        return "it looks for the largest logit before it scales, which takes a scale > 0"
+    if call.offset == "data":
+        return "it aligns causal and window with the last key, so q_offset must be the number 0 or kv_len - q_len"
+    if call.positional and call.kv_lengths and not (call.one_length and call.i == call.j):
+        return ("it counts causal and window from the end of each item's own lengths, which is right only where one "
+                "array is both q_lengths and kv_lengths")  # fmt: skip
+    return None
+
+
+def counted(call: Call) -> tuple[bool, bool]:
+    """Whether q_lengths and kv_lengths are for the kernel to heed.
+
+    Where positions count, q_lengths alone would move them: those rows are computed, and emptied afterwards.
+    """
+    return call.q_lengths and (call.kv_lengths or not call.positional), call.kv_lengths
+
+
+def size(call: Call) -> int:
+    """The head size of the kernel that serves the call: for d and dv alike, with zeros behind q, k and v.
+
+    Zeros behind q and k change no logit, and zeros behind v become columns of out that are cut off.
+    """
+    return next(each for each in SIZES if each >= max(call.d, call.dv))
+
+
+def window(call: Call) -> tuple[int | None, int | None]:
+    """(left, right) as the packages count: from a query t that sits at key t + kv_len - q_len, whatever q_offset is.
+
+    With offset the call's own, t + offset - left = t + (kv_len - q_len) - left', and right likewise. Either may come
+    out negative: then the query's own place is outside.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> call = SimpleNamespace(i=3, j=5, left=4, right=0, offset="zero")
+        >>> window(call), window(SimpleNamespace(**vars(call) | {"offset": "end"}))
+        ((6, -2), (4, 0))
+    """
+    ahead = call.j - call.i if call.offset == "zero" else 0
+    left = None if call.left is None else call.left + ahead
+    right = None if call.right is None else call.right - ahead
+    return left, right
+
+
+def used(lengths: Any, length: int) -> Any:
+    """Lengths as they act: from 0 to what there is."""
+    return lengths.clip(0, length)
+
+
+def starts(items: int, length: int) -> range:
+    """Where each of the items starts in the array that holds them one after the other, and where the last one ends.
+
+    Example:
+        >>> list(starts(3, 10))
+        [0, 10, 20, 30]
+    """
+    return range(0, items * length + 1, length)

@@ -1,0 +1,220 @@
+"""Stand-ins for the packages of FlashAttention-4, for machines that have neither them nor a GPU.
+
+They take the arguments that the packages take and mean by them what the packages mean, in einsum and float64: causal
+and window are counted from the ends of the used lengths; rows and keys beyond those are read where a tile reads them,
+and rows beyond them are not written. So a call that comes out right here was put to the package in the right words.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from attend_shared import cases
+from attend_shared.cases import Case
+from attend_shared.factors import FACTORS, SIZES
+
+HAVE_NOT = {  # levels of factors, which the list of cases below is without
+    "sinks": ("sinks_float32", "sinks_other"), "dropout": ("dropout_tenth", "dropout_half", "dropout_most"),
+    "dtype": ("float32", "float64"), "scale": ("scale_0", "scale_negative"),
+    "offset": ("offset_scalar", "offset_items", "offset_far", "offset_int", "offset_huge", "offset_idle"),
+}  # fmt: skip
+HAVE_NONE = ("mask", "bias", "segments", "score_fn", "mask_fn")  # factors, of which only the plain level is there
+GARBAGE = float("nan")  # what lies in memory that was not written
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both packages, as if they were installed, and no GPU were needed."""
+    from attend_jax.implementations import fa4 as jax_fa4
+    from attend_torch.implementations import fa4 as torch_fa4
+
+    interface = ModuleType("flash_attn.cute.interface")
+    vars(interface).update(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
+    cute, flash_attn = ModuleType("flash_attn.cute"), ModuleType("flash_attn")
+    vars(flash_attn)["cute"], vars(cute)["interface"] = cute, interface
+    fa4_jax = ModuleType("fa4_jax")
+    vars(fa4_jax).update(flash_attn=flash_attn_jax, flash_attn_varlen=flash_attn_varlen)
+    for module in (flash_attn, cute, interface, fa4_jax):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for ours in (torch_fa4, jax_fa4):
+        refusal = ours.refusal
+        monkeypatch.setattr(ours, "unavailable", lambda: None)
+        monkeypatch.setattr(ours, "refusal", lambda call, r=refusal: r(call._replace(platform="cuda")))
+
+
+def domains(*without: str) -> list[set[str]]:
+    """The levels of cases that a package serves: lengths of keys or positions, softcap or lse.
+
+    Args:
+        without: factors that a package has not.
+    """
+    everything = {
+        level.name
+        for factor in FACTORS
+        for level in factor.levels
+        if level.name not in HAVE_NOT.get(factor.name, ())
+        and (factor.name not in (*HAVE_NONE, *without) or level is factor.levels[0])
+    }
+    positions, lengths = (
+        {level.name for factor in FACTORS if factor.name == name for level in factor.levels[1:]}
+        for name in ("position", "lengths")
+    )
+    return [everything - positions - {"lse"}, everything - (lengths - {"lengths_q"}) - {"softcap_2", "softcap_30"}]
+
+
+def covering(*without: str) -> list[Case]:
+    """Cases in which every two levels meet that a package may have to serve at once: some 200, for a GPU."""
+    space = cases.SPACE
+    found = (space.cover(space.pairs(), space.bits(domain), space.bits(("bfloat16",))) for domain in domains(*without))
+    return list(dict.fromkeys(Case(levels) for each in found for levels in each))
+
+
+def some(number: int, *without: str) -> list[Case]:
+    """Cases of each kind, drawn at random but the same each time, at shapes without tiles."""
+    rng, space = np.random.default_rng(0), cases.SPACE
+    tiles = {name for name in SIZES if name.startswith("tiles")}
+    found = []
+    for domain in domains(*without):
+        for _ in range(number):
+            order = [int(place) for place in rng.permutation(len(FACTORS))]
+            chosen = space.complete(
+                space.bits(domain - tiles), order,
+                lambda _, open_: [int(n) for n in rng.permutation(open_.bit_length()) if open_ >> int(n) & 1],
+            )  # fmt: skip
+            assert chosen is not None
+            found.append(Case(tuple(name for name in space.names if chosen >> space.index[name] & 1)))
+    return found
+
+
+# flash-attn-4: (b n h d), k and v with fewer heads.
+
+
+def _logits(
+    q: Any, k: Any, scale: float, softcap: float | None, left: Any, right: Any, q_used: Any, kv_used: Any
+) -> Any:
+    """Logits (b h i j), -inf where the pair is not allowed; and the derivative of the softcap."""
+    assert all(x is None or x.dtype == torch.int32 for x in (q_used, kv_used))
+    i, j = q.shape[1], k.shape[1]
+    q_used = torch.full((q.shape[0],), i) if q_used is None else q_used
+    kv_used = torch.full((q.shape[0],), j) if kv_used is None else kv_used
+    s = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+    slope = torch.ones_like(s)
+    if softcap is not None:
+        s = softcap * torch.tanh(s / softcap)
+        slope = 1 - (s / softcap) ** 2
+    key, query = torch.arange(j)[None, None, None, :], torch.arange(i)[None, None, :, None]
+    at = query + (kv_used - q_used)[:, None, None, None]
+    may = (key < kv_used[:, None, None, None]).expand(s.shape)
+    if left is not None:
+        may = may & (key >= at - left)
+    if right is not None:
+        may = may & (key <= at + right)
+    return torch.where(may, s, -torch.inf), slope, query < q_used[:, None, None, None]
+
+
+def _wide(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    assert q.dtype in (torch.float16, torch.bfloat16)
+    assert all(size in (32, 64, 96, 128, 192, 256) for size in (q.shape[3], v.shape[3]))
+    assert not any(x.requires_grad for x in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    return q.double(), *(x.double().repeat_interleave(group, 2) for x in (k, v))
+
+
+def _flash_attn_fwd(
+    q: Any, k: Any, v: Any, seqused_q: Any, seqused_k: Any, softmax_scale: float, softcap: float | None,
+    window_size_left: int | None, window_size_right: int | None, learnable_sink: Any, return_lse: bool, out: Any,
+) -> tuple:  # fmt: skip
+    assert return_lse
+    q, k, v = _wide(q, k, v)
+    s, _, written = _logits(q, k, softmax_scale, softcap, window_size_left, window_size_right, seqused_q, seqused_k)
+    if learnable_sink is not None:
+        s = torch.cat([s, learnable_sink.double()[None, :, None, None].expand(*s.shape[:3], 1)], 3)
+    lse = s.logsumexp(3)
+    p = torch.exp(s - torch.where(lse == -torch.inf, 0, lse)[..., None])[..., : k.shape[1]]
+    found = torch.einsum("bhij,bjhd->bihd", p, v)  # 0 * NaN is NaN, as in a tile that is loaded whole
+    written = written[:, 0]
+    out.copy_(torch.where(written[..., None], found, GARBAGE))
+    return out, torch.where(written.transpose(1, 2), lse, GARBAGE).float(), None, None, None
+
+
+def _flash_attn_bwd(
+    q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, softmax_scale: float, softcap: float,
+    window_size_left: int | None, window_size_right: int | None, seqused_q: Any, seqused_k: Any, deterministic: bool,
+    dlse: Any, learnable_sink: Any,
+) -> tuple:  # fmt: skip
+    assert out.shape == dout.shape
+    assert isinstance(deterministic, bool)
+    dtype, hk = q.dtype, k.shape[2]
+    q, k, v = _wide(q, k, v)
+    s, slope, written = _logits(
+        q, k, softmax_scale, softcap or None, window_size_left, window_size_right, seqused_q, seqused_k
+    )
+    rows = written[:, 0].transpose(1, 2)  # (b 1 i)
+    lse = torch.where(rows, lse.double(), 0)
+    p = torch.exp(s - torch.where(lse == -torch.inf, 0, lse)[..., None]) * written
+    dout, out = dout.double(), torch.where(rows.transpose(1, 2)[..., None], out.double(), 0)
+    delta = torch.einsum("bihd,bihd->bhi", dout, out) - (0 if dlse is None else torch.where(rows, dlse, 0))
+    ds = p * (torch.einsum("bihd,bjhd->bhij", dout, v) - delta[..., None]) * slope * softmax_scale
+    dq, dk = torch.einsum("bhij,bjhd->bihd", ds, k), torch.einsum("bhij,bihd->bjhd", ds, q)
+    dv = torch.einsum("bhij,bihd->bjhd", p, dout)
+    dq = torch.where(rows.transpose(1, 2)[..., None], dq, GARBAGE)
+    if seqused_k is not None:
+        keys = (torch.arange(k.shape[1]) < seqused_k[:, None])[:, :, None, None]
+        dk, dv = torch.where(keys, dk, GARBAGE), torch.where(keys, dv, GARBAGE)
+    dk, dv = (x.unflatten(2, (hk, -1)).sum(3) for x in (dk, dv))
+    gradients = dq.to(dtype), dk.to(dtype), dv.to(dtype)
+    if learnable_sink is None:
+        return gradients
+    weight = torch.where(lse == -torch.inf, 1, torch.exp(learnable_sink.double()[:, None] - lse)) * rows
+    return *gradients, -(weight * delta).sum((0, 2)).to(learnable_sink.dtype)
+
+
+# fa4-jax: the same, and packed (items after one another), where rows that are not used are defined as 0.
+
+
+def flash_attn_jax(
+    q: Any, k: Any, v: Any, *, window_size: tuple[int | None, int | None], scale: float
+) -> jax.Array:  # fmt: skip
+    return _jax(q, k, v, window_size, scale, None, None)
+
+
+def flash_attn_varlen(
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *, seqused_q: Any, seqused_k: Any,
+    window_size: tuple[int | None, int | None], scale: float, defined_padding: bool,
+) -> jax.Array:  # fmt: skip
+    assert defined_padding
+    b = len(cu_seqlens_q) - 1
+    assert len(cu_seqlens_k) - 1 == b
+    apart = [x.reshape(b, -1, *x.shape[1:]) for x in (q, k, v)]
+    return _jax(*apart, window_size, scale, seqused_q, seqused_k).reshape(*q.shape[:2], v.shape[2])
+
+
+def _jax(q: Any, k: Any, v: Any, window: tuple[int | None, int | None], scale: float, q_used: Any, kv_used: Any) -> Any:
+    assert q.dtype in (jnp.float16, jnp.bfloat16)
+    (b, i, h, _), j, dtype = q.shape, k.shape[1], q.dtype
+    q_used = jnp.full((b,), i) if q_used is None else q_used
+    kv_used = jnp.full((b,), j) if kv_used is None else kv_used
+    rows = (jnp.arange(i) < q_used[:, None])[:, :, None, None]
+    keys = (jnp.arange(j) < kv_used[:, None])[:, :, None, None]
+    q = jnp.where(rows, q.astype(jnp.float32), 0)  # what lies behind is not loaded
+    k, v = (jnp.where(keys, jnp.repeat(x.astype(jnp.float32), h // x.shape[2], 2), 0) for x in (k, v))
+    s = scale * jnp.einsum("bihd,bjhd->bhij", q, k, precision="highest")
+    at = jnp.arange(i)[:, None] + (kv_used - q_used)[:, None, None, None]
+    may = (jnp.arange(j) < kv_used[:, None])[:, None, None, :]
+    if window[0] is not None:
+        may &= jnp.arange(j) >= at - window[0]
+    if window[1] is not None:
+        may &= jnp.arange(j) <= at + window[1]
+    some = may.any(3, keepdims=True)
+    p = jax.nn.softmax(jnp.where(may, s, jnp.where(some, -math.inf, 0)), 3)
+    p = jnp.where(may, p, 0)
+    out = jnp.einsum("bhij,bjhd->bihd", p, v, precision="highest")
+    return jnp.where(rows, out, 0).astype(dtype)
