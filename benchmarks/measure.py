@@ -25,12 +25,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LEAST_SECONDS = 0.03  # a run repeats a shorter call until it has taken as long
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+ONE_CORE = {**ONE_THREAD, "JAX_PLATFORMS": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+Actions = Mapping[str, Callable[..., Any]]
 
 
 def cores() -> list[int]:
@@ -44,15 +46,22 @@ class Lost(RuntimeError):
 
 
 class Worker:
-    """A fresh process on one core."""
+    """A fresh process: of a module that answers requests, by default this one, which keeps to one core.
 
-    def __init__(self, core: int) -> None:
+    Args:
+        argument: what the module is told: here the core.
+        module, environment: which module, and what its environment has besides.
+    """
+
+    def __init__(
+        self, argument: int | str, module: str = "benchmarks.measure", environment: Mapping[str, str] = ONE_CORE
+    ) -> None:
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
-        environment = {**os.environ, **ONE_THREAD, "JAX_PLATFORMS": "cpu", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-        environment.pop("JAX_NUMPY_DTYPE_PROMOTION", None)
+        inherited = {**os.environ, **environment}
+        inherited.pop("JAX_NUMPY_DTYPE_PROMOTION", None)
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "benchmarks.measure", str(core)],
-            cwd=Path(__file__).resolve().parent.parent, env=environment, text=True,
+            [sys.executable, "-W", "ignore", "-m", module, str(argument)],
+            cwd=Path(__file__).resolve().parent.parent, env=inherited, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
 
@@ -136,8 +145,7 @@ def serve(core: int) -> None:
         os.sched_setaffinity(0, {core})
     with contextlib.suppress(OSError):  # where memory runs out, let it be this process that ends
         Path("/proc/self/oom_score_adj").write_text("1000")
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    answers = only_answers()
     from benchmarks import peers
     from benchmarks.workloads import Entry, Workload
 
@@ -158,16 +166,33 @@ def serve(core: int) -> None:
         numbers.setdefault(name, max(1, math.ceil(LEAST_SECONDS / max(found["cpu"], 1e-6))))
         return found
 
-    actions: dict[str, Callable[..., Any]] = {
+    actions: Actions = {
         "prepare": prepare, "call": call, "versions": peers.versions, "products": peers.products,
         "compilations": peers.compilations,
     }  # fmt: skip
+    answer_all(actions, answers)
+
+
+def only_answers() -> IO[str]:
+    """Standard output, for answers alone: what libraries print goes to standard error from now on."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return answers
+
+
+def reason(error: Exception) -> str:
+    """Its type, and the first line of its text."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]
+
+
+def answer_all(actions: Actions, answers: IO[str]) -> None:
+    """Do what each line of standard input asks for, and answer with a line: the value, or the error."""
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer: dict[str, Any] = {"value": actions[request.pop("do")](**request)}
         except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
-            answer = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"[:300]}
+            answer = {"error": reason(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
