@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attend_shared.rules import ITEMSIZE, Value, WeightsError, value
+from attend_shared.rules import ITEMSIZE, Value, fitting, value
 
 __all__ = ["assign", "shapes", "values"]
 
@@ -64,22 +64,13 @@ def assign(model: nnx.Module, given: Mapping[str, Any]) -> None:
         Array([[3.]], dtype=float32)
     """
     leaves = _leaves(model)
-    given = {path: x if isinstance(x, Value) else value(x) for path, x in given.items()}
-    missing = [path for path in leaves if path not in given]
-    unexpected = [path for path in given if path not in leaves]
-    misshapen = [
-        f"{path}: expected {tuple(leaf.shape)}, got {given[path].shape}"
-        for path, leaf in leaves.items()
-        if path in given and given[path].shape != tuple(leaf.shape)
-    ]
-    if missing or unexpected or misshapen:
-        raise WeightsError(missing, unexpected, misshapen)
+    found = fitting({path: tuple(leaf.shape) for path, leaf in leaves.items()}, given)
     for path in leaves:
-        if ITEMSIZE[given[path].dtype] == 8 and not jax.config.read("jax_enable_x64"):
-            raise TypeError(f"{path}: {given[path].dtype} needs jax_enable_x64, without which JAX would cut it to 32 "
+        if ITEMSIZE[found[path].dtype] == 8 and not jax.config.read("jax_enable_x64"):
+            raise TypeError(f"{path}: {found[path].dtype} needs jax_enable_x64, without which JAX would cut it to 32 "
                             "bits. Convert it first.")  # fmt: skip
     for path, leaf in leaves.items():
-        leaf.set_value(jnp.array(given[path].array(), copy=True))
+        leaf.set_value(jnp.array(found[path].array(), copy=True))
 
 
 def _leaves(model: nnx.Module) -> dict[str, Any]:

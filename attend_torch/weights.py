@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from attend_shared.rules import Value, WeightsError, value
+from attend_shared.rules import Value, fitting, value
 
 __all__ = ["assign", "shapes", "values"]
 
@@ -62,17 +62,8 @@ def assign(model: torch.nn.Module, given: Mapping[str, Any]) -> None:
         [[3.0]]
     """
     leaves = model.state_dict()
-    given = {path: x if isinstance(x, Value) else value(x) for path, x in given.items()}
-    missing = [path for path in leaves if path not in given]
-    unexpected = [path for path in given if path not in leaves]
-    misshapen = [
-        f"{path}: expected {tuple(leaf.shape)}, got {given[path].shape}"
-        for path, leaf in leaves.items()
-        if path in given and given[path].shape != tuple(leaf.shape)
-    ]
-    if missing or unexpected or misshapen:
-        raise WeightsError(missing, unexpected, misshapen)
-    model.load_state_dict({path: _tensor(given[path]) for path in leaves}, assign=True)
+    found = fitting({path: tuple(leaf.shape) for path, leaf in leaves.items()}, given)
+    model.load_state_dict({path: _tensor(found[path]) for path in leaves}, assign=True)
 
 
 def _tensor(each: Value) -> torch.Tensor:

@@ -17,8 +17,9 @@ import jax
 import numpy as np
 
 from attend_jax.implementations import table as table_of_jax
-from attend_shared.call import NAMES, Arrays, Call, Framework, check
+from attend_shared.call import NAMES, Call
 from attend_shared.choice import NO_FUNCTIONS, Entry
+from attend_shared.shapes import Shape, call_of
 from attend_torch.implementations import table as table_of_torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,14 +34,6 @@ PLATFORMS = dict.fromkeys(ON_GPUS, ("cuda",))  # of implementations that run on 
 TITLES = {"torch": "PyTorch", "jax": "JAX", "cpu": "CPU", "cuda": "GPU"}
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<printed>.*?)```\n)?", re.DOTALL)
 SECTION = re.compile(r"(?<=<!-- generated: implementations -->\n).*?(?=<!-- end -->)", re.DOTALL)
-
-
-class Shape(NamedTuple):
-    """All that a table needs of an array."""
-
-    shape: tuple[int, ...]
-    dtype: str = "bfloat16"
-    trained: bool = False
 
 
 class Feature(NamedTuple):
@@ -98,25 +91,11 @@ FEATURES = (
     Feature("dropout", {"dropout": 0.1, "dropout_seed": 0}),
     Feature("return_lse", {"return_lse": True}),
 )
-OPTIONS = {"is_causal": False, "window_size": None, "softcap": None, "scale": None, "dropout": 0.0, "return_lse": False,
-           "layout": "bhnd", "implementation": None, "score_fn": None, "mask_fn": None}  # fmt: skip
 
 
 def call(framework: str, platform: str, feature: Feature, flash: bool | None = None) -> Call:
-    """The call of a feature, from shapes alone; nothing asks what this machine has."""
-    arguments = {**_qkv(), **feature.arguments}
-    arrays = Arrays(**{name: value for name, value in arguments.items() if name not in OPTIONS})
-    view = Framework(
-        name=framework,
-        arrays=Shape,
-        dtype=lambda array: array.dtype,
-        device=lambda array: None,
-        platform=lambda array: platform,
-        has_float64=lambda: True,
-        wants_gradient=lambda array: framework == "jax" or array.trained,
-        takes_int64_seed=False,
-    )
-    return check(view, arrays, **{name: arguments.get(name, default) for name, default in OPTIONS.items()}, flash=flash)
+    """The call of a feature."""
+    return call_of(framework, platform, {**_qkv(), **feature.arguments, "flash": flash})
 
 
 def cell(entry: Entry, framework: str, platform: str, feature: Feature, reasons: list[str]) -> str:

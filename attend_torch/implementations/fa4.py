@@ -98,29 +98,6 @@ class _Attend(torch.autograd.Function):
         return rowwise.each_lane(_Attend.apply, info, in_dims, inputs)
 
 
-class _Gradients(torch.autograd.Function):
-    """(options, *inputs, out, lse, dout, dlse) -> dq, dk, dv, dsinks. They have no gradients themselves."""
-
-    @staticmethod
-    def forward(options: tuple, *inputs: Any) -> tuple[Tensor, ...]:
-        return _gradients(inputs, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "fa4 has first derivatives only; blockwise, rowwise and einsum have every derivative: "
-            'implementation="blockwise".'
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-        return rowwise.each_lane(_Gradients.apply, info, in_dims, inputs)
-
-
 def _forward(
     inputs: Sequence[Any], left: int | None, right: int | None, scale: float, softcap: float | None, bnhd: bool
 ) -> tuple[Tensor, Tensor]:
@@ -162,6 +139,9 @@ def _gradients(
         )  # fmt: skip
     dq, dk, dv = (x.transpose(1, 2) for x in gradients[:3])
     return dq, dk, dv, q.new_empty(0) if sinks is None else gradients[3]
+
+
+_Gradients = rowwise.first_only("fa4", lambda options, *inputs: _gradients(inputs, *options))
 
 
 # The operators, for compilers: fa4(*inputs, *options), and fa4_gradients(*inputs, out, lse, dout, dlse, *options).

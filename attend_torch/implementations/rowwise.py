@@ -271,3 +271,32 @@ def each_lane(function: Callable, info: Any, in_dims: tuple, inputs: tuple) -> t
         for lane in range(info.batch_size)
     ]  # fmt: skip
     return tuple(torch.stack(each) for each in zip(*lanes, strict=True)), (0,) * len(lanes[0])
+
+
+def first_only(name: str, gradients: Callable[..., tuple]) -> type[torch.autograd.Function]:
+    """A Function of gradients, lane by lane under vmap, that have none themselves.
+
+    Args:
+        name: of the implementation.
+        gradients: of whatever the Function is applied to.
+    """
+
+    class Gradients(torch.autograd.Function):
+        forward = staticmethod(gradients)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *_: Any) -> Any:
+            raise RuntimeError(
+                f"{name} has first derivatives only; blockwise, rowwise and einsum have every derivative: "
+                'implementation="blockwise".'
+            )
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
+            return each_lane(Gradients.apply, info, in_dims, inputs)
+
+    return Gradients

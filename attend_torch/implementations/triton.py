@@ -130,29 +130,14 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arrays), *output)
 
 
-class _Gradients(torch.autograd.Function):
-    """(call, which are wanted, *arrays, *saved, dout, dlse) -> the gradients that are. It has none itself."""
+def _wanted_gradients(call: Call, wanted: Sequence[bool], *inputs: Any) -> tuple[Tensor, ...]:
+    """Those that are wanted, of (*arrays, *saved, dout, dlse)."""
+    *saved, dout, dlse = inputs[COUNT:]
+    gradients = _gradients(call, Arrays(*inputs[:COUNT]), saved, dout, dlse, wanted)
+    return tuple(x for x in gradients if x is not None)
 
-    @staticmethod
-    def forward(call: Call, wanted: Sequence[bool], *inputs: Any) -> tuple[Tensor, ...]:
-        *saved, dout, dlse = inputs[COUNT:]
-        gradients = _gradients(call, Arrays(*inputs[:COUNT]), saved, dout, dlse, wanted)
-        return tuple(x for x in gradients if x is not None)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError(
-            "triton has first derivatives only; blockwise, rowwise and einsum have every derivative: "
-            'implementation="blockwise".'
-        )
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
-        return rowwise.each_lane(_Gradients.apply, info, in_dims, inputs)
+_Gradients = rowwise.first_only("triton", _wanted_gradients)
 
 
 def _offset(call: Call, arrays: Arrays) -> int:

@@ -34,6 +34,28 @@ def sliced(load: Workload) -> Part:
     return Part(load.b - 1, load.h // load.hk, load.i // 2 if load.dropout else 0)
 
 
+def allowed(load: Workload, given: Mapping[str, Any], query: Any, key: Any, may: Any) -> Any:
+    """What is allowed, as a boolean mask, no axis larger than it must be: in the framework of what it is given.
+
+    Args:
+        load: the workload.
+        given: its ids, lengths and mask, where it has them.
+        query, key: where each query (i, 1) and each key (j,) stands.
+        may: True, (1, 1, 1, j).
+    """
+    if load.causal:
+        may = may & (key <= query)
+    if load.window is not None:
+        may = may & (key > query - load.window)
+    if (ids := given.get("q_segment_ids")) is not None:
+        may = may & (ids[:, None, :, None] == ids[:, None, None, :])
+    if (lengths := given.get("kv_lengths")) is not None:
+        may = may & (key < lengths[:, None, None, None])
+    if (mask := given.get("mask")) is not None:
+        may = may & (mask[:, None, None] if mask.ndim == 2 else mask)
+    return may
+
+
 def compared(load: Workload, sums: Mapping[str, tuple[float, float, float]]) -> dict[str, Any]:
     """The errors, from (x . x, x . y, y . y) of each result x and what is expected of it, y.
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.checking import Unsupported, compared, sliced
+from benchmarks.gpu.checking import Unsupported, allowed, compared, sliced
 from benchmarks.gpu.workloads import CHOICE, FOLDER, REFERENCE, SEED, Workload, options, own, structure
 
 PACKAGES = ("jax", "jaxlib", "flax", "triton", "jax-triton", "tokamax", "fa4-jax", "nvidia-cudnn-cu13", "numpy")
@@ -135,17 +135,7 @@ def _dense(load: Workload, inputs: Data) -> Array:
     """What is allowed, as a boolean mask."""
     query, key = jnp.arange(load.i)[:, None] + load.offset, jnp.arange(load.j)
     may = jnp.ones((1, 1, 1, load.j), bool)
-    if load.causal:
-        may = may & (key <= query)
-    if load.window is not None:
-        may = may & (key > query - load.window)
-    if (ids := inputs.given.get("q_segment_ids")) is not None:
-        may = may & (ids[:, None, :, None] == ids[:, None, None, :])
-    if (lengths := inputs.given.get("kv_lengths")) is not None:
-        may = may & (key < lengths[:, None, None, None])
-    if (mask := inputs.given.get("mask")) is not None:
-        may = may & (mask[:, None, None] if mask.ndim == 2 else mask)
-    return may
+    return allowed(load, inputs.given, query, key, may)
 
 
 def _lengths(load: Workload, inputs: Data) -> Array | None:

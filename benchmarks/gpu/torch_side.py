@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.checking import Unsupported, compared, sliced
+from benchmarks.gpu.checking import Unsupported, allowed, compared, sliced
 from benchmarks.gpu.workloads import CHOICE, SEED, Workload, options, own, structure
 
 Tensor = torch.Tensor
@@ -162,17 +162,7 @@ def _dense(load: Workload, inputs: Data) -> Tensor:
     query = torch.arange(load.i, device=device)[:, None] + load.offset
     key = torch.arange(load.j, device=device)
     may = torch.ones(1, 1, 1, load.j, dtype=torch.bool, device=device)
-    if load.causal:
-        may = may & (key <= query)
-    if load.window is not None:
-        may = may & (key > query - load.window)
-    if (ids := inputs.given.get("q_segment_ids")) is not None:
-        may = may & (ids[:, None, :, None] == ids[:, None, None, :])
-    if (lengths := inputs.given.get("kv_lengths")) is not None:
-        may = may & (key < lengths[:, None, None, None])
-    if (mask := inputs.given.get("mask")) is not None:
-        may = may & (mask[:, None, None] if mask.ndim == 2 else mask)
-    return may
+    return allowed(load, inputs.given, query, key, may)
 
 
 def _sdpa(backend: str, load: Workload, inputs: Data) -> tuple[Callable[..., Any], Callable[[], Any]]:

@@ -28,15 +28,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attend_shared import avoid, canaries, choice, compare, parity
+from attend_shared import avoid, canaries, choice, compare, parity, shapes
 from attend_shared.avoid import Machine, Rule
-from attend_shared.call import NAMES, Arrays, Call, Framework, check
+from attend_shared.call import NAMES, Call
 from attend_shared.canaries import Canary
 from attend_shared.choice import Explanation
 from attend_shared.compare import Budget, Mismatch, Outcome
 from attend_shared.errors import UnsupportedError
 from attend_shared.parity import Twin
 from attend_shared.problems import Problem
+from attend_shared.shapes import Shape
 
 __all__ = ["CRASHES", "DTYPES", "LIMIT", "PART", "QUICK_DTYPES", "START", "VERDICTS", "Finding", "Run", "Target",
            "as_json", "call_of", "examine", "explain", "plan", "reasons", "rules", "targets", "work"]  # fmt: skip
@@ -259,18 +260,6 @@ def _finding(target: Target, item: _Item, verdict: str, **more: Any) -> Finding:
 # What is asked without computing anything.
 
 
-class _Shape(NamedTuple):
-    """All that the door needs of an array."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    trained: bool
-
-
-_OPTIONS = {"is_causal": False, "window_size": None, "softcap": None, "scale": None, "dropout": 0.0, "layout": "bhnd",
-            "implementation": None}  # fmt: skip
-
-
 def call_of(problem: Problem, framework: str, platform: str) -> Call:
     """The call of a problem as it would be there, from its shapes, with gradients.
 
@@ -279,24 +268,12 @@ def call_of(problem: Problem, framework: str, platform: str) -> Call:
         framework, platform: where.
     """
     given = {
-        name: _Shape(x.shape, problem.dtypes.get(name, x.dtype.name), name in problem.dtypes)
+        name: Shape(x.shape, problem.dtypes.get(name, x.dtype.name), name in problem.dtypes)
         if isinstance(x, np.ndarray)
         else x
         for name, x in problem.arguments.items()
     }
-    view = Framework(
-        name=framework,
-        arrays=_Shape,
-        dtype=lambda array: array.dtype,
-        device=lambda array: None,
-        platform=lambda array: platform,
-        has_float64=lambda: True,
-        wants_gradient=lambda array: framework == "jax" or array.trained,
-        takes_int64_seed=False,
-    )
-    arrays = Arrays(**{name: x for name, x in given.items() if name not in _OPTIONS})
-    options: dict[str, Any] = {name: given.get(name, default) for name, default in _OPTIONS.items()}
-    return check(view, arrays, **options, return_lse=problem.lse_cotangent is not None)
+    return shapes.call_of(framework, platform, given | {"return_lse": problem.lse_cotangent is not None})
 
 
 def explain(problem: Problem, framework: str, platform: str) -> Explanation:

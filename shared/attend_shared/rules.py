@@ -34,8 +34,8 @@ import einops
 import numpy as np
 
 __all__ = [
-    "ITEMSIZE", "Rule", "Value", "WeightsError", "attention", "batch_norm", "carry", "conv", "embedding", "layer_norm",
-    "linear", "lucidrains_attention", "parse", "rms_norm", "torch_attention", "value",
+    "ITEMSIZE", "Rule", "Value", "WeightsError", "attention", "batch_norm", "carry", "conv", "embedding", "fitting",
+    "layer_norm", "linear", "lucidrains_attention", "parse", "rms_norm", "torch_attention", "value",
 ]  # fmt: skip
 
 RAW = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
@@ -158,6 +158,33 @@ def value(array: Any) -> Value:
         return found.view(RAW[dtype]) if dtype in RAW else found
 
     return Value(tuple(int(size) for size in array.shape), dtype, read)
+
+
+def fitting(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Value]:
+    """What is given, as values, if it is all the parameters of a model and nothing else.
+
+    Args:
+        expected: the shapes of all parameters, by path.
+        given: `Value`, or arrays, by path.
+
+    Raises:
+        WeightsError: a parameter is missing, unexpected or misshapen.
+
+    Example:
+        >>> fitting({"bias": (2,)}, {"bias": np.zeros(2, np.float32)})["bias"].dtype
+        'float32'
+    """
+    found = {path: x if isinstance(x, Value) else value(x) for path, x in given.items()}
+    missing = [path for path in expected if path not in found]
+    unexpected = [path for path in found if path not in expected]
+    misshapen = [
+        f"{path}: expected {shape}, got {found[path].shape}"
+        for path, shape in expected.items()
+        if path in found and found[path].shape != shape
+    ]
+    if missing or unexpected or misshapen:
+        raise WeightsError(missing, unexpected, misshapen)
+    return found
 
 
 # Reading rules.

@@ -23,13 +23,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FAR = tl.constexpr(2**30)  # no array reaches as far
+from attend_shared.kernels import plan
+
+FAR = tl.constexpr(plan.FAR)  # no array reaches as far
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(plan.LOG2E)
 LEAST = tl.constexpr(-3.4028234663852886e38)
 NOTHING = tl.constexpr(float("-inf"))
-PADDED = tl.constexpr(128)  # P is a multiple of it
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+PADDED = tl.constexpr(plan.PADDED)  # P is a multiple of it
+INTERPRETED = tl.constexpr(plan.INTERPRETED)
 
 
 @triton.jit
