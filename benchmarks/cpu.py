@@ -282,11 +282,7 @@ def main(
     with Progress(*columns, console=console, transient=True) as progress:
         run.facts(counted=not short)
         run.work(todo, progress)
-    for table in report.tables(run.results):
-        console.print(table.for_console())
-        for note in table.notes:
-            console.print(f"  {note}", style="dim", highlight=False)
-    console.print(f"Every run is in {out}.", highlight=False)
+    report.show(console, report.tables(run.results), out)
     if publish:
         report.publish(run.results)
 

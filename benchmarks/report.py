@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table as ConsoleTable
 
 from benchmarks.workloads import (
@@ -436,6 +437,15 @@ def verdicts(results: Results) -> list[Table]:
     words = {True: "yes", False: "no", None: "not run"}
     rows = [(each.what, each.aim, each.reached, words[each.met]) for each in aims(results)]
     return [Table("What was aimed at, and what was reached", ("", "aimed at", "reached", "met"), rows)]
+
+
+def show(console: Console, shown: Iterable[Table], out: Path) -> None:
+    """Print tables, and where every run is."""
+    for table in shown:
+        console.print(table.for_console())
+        for note in table.notes:
+            console.print(f"  {note}", style="dim", highlight=False)
+    console.print(f"Every run is in {out}.", highlight=False)
 
 
 def tables(run: dict[str, Any]) -> list[Table]:

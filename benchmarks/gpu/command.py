@@ -25,6 +25,7 @@ from rich.console import Console
 from benchmarks.gpu import report
 from benchmarks.gpu.workloads import CHOICE, FOLDER, MODES, REFERENCE, TIME_IS_UP, TRY_OUT, WORKLOADS, Workload, entries
 from benchmarks.measure import Lost, Worker
+from benchmarks.report import show
 
 SCHEMA = 1
 REPEATS = 7
@@ -295,10 +296,6 @@ def main(
         raise click.ClickException(f"{' and '.join(asked)}: no GPU that can be measured here.")
     run.save()
     console = Console(width=max(shutil.get_terminal_size((200, 24)).columns, 200))
-    for table in report.tables(run.results):
-        console.print(table.for_console())
-        for note in table.notes:
-            console.print(f"  {note}", style="dim", highlight=False)
-    console.print(f"Every run is in {out}.", highlight=False)
+    show(console, report.tables(run.results), out)
     if publish:
         report.publish(run.results)
