@@ -534,3 +534,15 @@ def test_random_slices_stay_inside() -> None:
         assert 0 <= part.item < load.b
         assert part.heads * load.hk == load.h
         assert 0 <= part.rows < load.i
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_without_a_gpu_nothing_is_measured(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor's times must not be read as a GPU's."""
+    from benchmarks.gpu import jax_side, torch_side
+
+    monkeypatch.setattr(torch_side.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(jax_side.jax, "default_backend", lambda: "cpu")
+    name, side = {"torch": ("torch", torch_side), "jax": ("JAX", jax_side)}[framework]
+    with pytest.raises(Unsupported, match=f"^{name} finds no GPU$"):
+        side.machine()

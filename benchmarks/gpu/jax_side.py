@@ -60,6 +60,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The device, by its own words."""
+    if jax.default_backend() != "gpu":
+        raise Unsupported("JAX finds no GPU")
     device = jax.devices()[0]
     return {"device": device.device_kind, "capability": str(getattr(device, "compute_capability", ""))}
 

@@ -29,6 +29,8 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The device, by its own words."""
+    if not torch.cuda.is_available():
+        raise Unsupported("torch finds no GPU")
     facts = torch.cuda.get_device_properties(0)
     return {
         "device": facts.name, "capability": f"{facts.major}.{facts.minor}",
