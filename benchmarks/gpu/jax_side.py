@@ -24,7 +24,8 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.checking import Unsupported, allowed, compared, sliced
 from benchmarks.gpu.workloads import CHOICE, FOLDER, REFERENCE, SEED, Workload, options, own, structure
 
-PACKAGES = ("jax", "jaxlib", "flax", "triton", "jax-triton", "tokamax", "fa4-jax", "nvidia-cudnn-cu13", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "triton", "jax-triton", "tokamax", "fa4-jax", "dew-flash-attn-cu13", "nvidia-cudnn-cu13",
+            "numpy")  # fmt: skip
 LARGEST = 2**31  # logits up to which xla is measured
 Array = jax.Array
 
@@ -116,7 +117,7 @@ def attention(entry: str, load: Workload, inputs: Data) -> tuple[Callable[..., A
         return _ours(own(entry), load, inputs)
     if entry.startswith("jax.nn"):
         return (*_jax_nn(entry.split()[1], load, inputs), None)
-    peer = {"tokamax": _tokamax, "flax": _flax, "FA4": _fa4}[entry]
+    peer = {"tokamax": _tokamax, "flax": _flax, "FA4": _fa4, "FA3": _fa3}[entry]
     return (*peer(load, inputs), None)
 
 
@@ -246,6 +247,32 @@ def _fa4(load: Workload, inputs: Data) -> tuple[Callable[..., Any], dict[str, Ar
     return packed, given
 
 
+def _fa3(load: Workload, inputs: Data) -> tuple[Callable[..., Any], dict[str, Array]]:
+    try:
+        import dew_flash_attn as fa3
+    except ImportError as error:
+        raise Unsupported(f"it is not installed ({error})") from error
+    for what, word in (
+        (load.softcap, "softcap"), (load.dropout, "dropout"), (load.bias, "bias"), (load.dtype == "float32", "float32"),
+        (load.mask or load.keys, "key mask, nor lengths of keys alone"), (load.lse, "lse"),
+    ):  # fmt: skip
+        if what:
+            raise Unsupported(f"it has no {word}")
+    asked: dict[str, Any] = {"is_causal": load.causal}
+    if load.window is not None:
+        asked["window_size"] = (load.window - 1, 0)
+    if not load.documents:
+        return (lambda given, q, k, v, sinks=None: fa3.flash_mha(q, k, v, sinks=sinks, **asked)), {}
+    size = load.j // load.documents
+    bounds = jnp.arange(0, load.b * load.j + 1, size, dtype=jnp.int32)
+
+    def packed(given: dict[str, Array], q: Array, k: Array, v: Array) -> Array:
+        flat = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        return fa3.flash_mha_varlen(*flat, given["bounds"], size, **asked).reshape(q.shape)
+
+    return packed, {"bounds": bounds}
+
+
 def _program(function: Callable[..., Any], load: Workload, mode: str) -> Callable[..., Any]:
     """All sets in a row, one program: what a call costs the host is shared among them."""
     wanted = trained(load)
@@ -271,7 +298,7 @@ def compiled(entry: str, load: Workload, mode: str, inputs: Data) -> Prepared:
     """The entry's program."""
     function, given, chosen = attention(entry, load, inputs)
     key = f"{f'{CHOICE} {chosen}' if chosen else entry}|{load}|{mode}"
-    if "FA4" in entry or chosen == "fa4":  # its kernels live in the process that compiled them
+    if entry in ("FA3", "FA4") or chosen == "fa4":  # their kernels live in the process that traced the call
         key = None
     arguments = (given, inputs.sets)
     program, memory = _compiled(key, _program(function, load, mode), arguments)

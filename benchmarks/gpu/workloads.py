@@ -150,7 +150,7 @@ TRY_OUT = (
 CHOICE = "attend"
 PEERS = {
     "torch": ("SDPA", "SDPA cuDNN", "SDPA flash", "SDPA efficient", "FlexAttention", "FA4"),
-    "jax": ("jax.nn xla", "jax.nn cudnn", "tokamax", "flax", "FA4"),
+    "jax": ("jax.nn xla", "jax.nn cudnn", "tokamax", "flax", "FA3", "FA4"),
 }
 OURS = {
     "torch": ("triton", "fa4", "sdpa", "flex", "blockwise", "einsum"),
