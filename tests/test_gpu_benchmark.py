@@ -21,6 +21,7 @@ from attend_shared import command as attend_command
 from attend_shared import devices, measured, oracle
 from attend_shared.call import NAMES
 from attend_shared.choice import Entry, Explanation
+from attend_shared.orders import Device, Order
 from attend_torch.implementations import ENTRIES as TORCH_ENTRIES
 from attend_torch.implementations import sdpa
 from attend_torch.implementations import table as torch_table
@@ -455,8 +456,8 @@ def test_explain_says_which_rule_and_what_an_extra_would_gain(monkeypatch: pytes
         unavailable=lambda: 'it needs flash-attn-4 4.0: pip install "attend-twin[fa4]"', refusal=lambda call: None
     )
     table = [Entry("fa4", True, missing), TORCH_ENTRIES["triton"]]
-    orders = {"sinks": measured.Order(("fa4", "triton"), {"sinks, causal": {"fa4": (0.25, 1.0), "triton": (0.5, 2.0)}})}
-    device = measured.Device("a GPU", "2026-11-22", "", {"torch": {"torch": "2"}}, {"torch": orders})
+    orders = {"sinks": Order(("fa4", "triton"), {"sinks, causal": {"fa4": (0.25, 1.0), "triton": (0.5, 2.0)}})}
+    device = Device("a GPU", "2026-11-22", "", {"torch": {"torch": "2"}}, {"torch": orders})
     monkeypatch.setattr(measured, "DEVICES", {"9.0": device})
     notes = devices.explained(Explanation("triton", ()), table, call, "9.0").notes
     assert notes == (

@@ -30,7 +30,7 @@ from benchmarks.report import show
 SCHEMA = 1
 REPEATS = 7
 FEWEST = 3  # runs of what takes so long that a run is one call
-LEAST = {"torch": 0.01, "jax": 0.006}  # seconds that the calls of a run take at the least; JAX makes four times as many
+LEAST = {"torch": 0.01, "jax": 0.004}  # seconds that the calls of a run take at the least; JAX makes four times as many
 SHORTEST = 3  # seconds without which no workload is begun
 FRAMEWORKS = ("torch", "jax")
 QUICK = (CHOICE, "SDPA", "SDPA cuDNN", "SDPA flash", "SDPA efficient", "attend sdpa")  # there is nothing to compile

@@ -24,8 +24,10 @@ from benchmarks.gpu import timing
 from benchmarks.gpu.checking import Unsupported, allowed, compared, sliced
 from benchmarks.gpu.workloads import CHOICE, FOLDER, REFERENCE, SEED, Workload, options, own, structure
 
-PACKAGES = ("jax", "jaxlib", "flax", "triton", "jax-triton", "tokamax", "fa4-jax", "dew-flash-attn-cu13", "nvidia-cudnn-cu13",
-            "numpy")  # fmt: skip
+PACKAGES = (
+    "jax", "jaxlib", "flax", "triton", "jax-triton", "tokamax", "fa4-jax", "dew-flash-attn-cu13", "nvidia-cudnn-cu13",
+    "numpy",
+)  # fmt: skip
 LARGEST = 2**31  # logits up to which xla is measured
 Array = jax.Array
 
@@ -391,6 +393,7 @@ def calibrate(ready: Prepared, load: Workload, least: float) -> dict[str, Any]:
 
 def _in_a_row(ready: Prepared, calls: int) -> tuple[float, float]:
     """Seconds of so many calls of the program, and of sending them off alone."""
+    time.sleep(timing.REST)
     started = time.perf_counter()
     for _ in range(calls):
         results = ready.program(*ready.arguments)

@@ -57,38 +57,7 @@ HEAD = '''"""What was measured on GPUs, and the orders that follow: written by `
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-
-class Order(NamedTuple):
-    """What a rule says.
-
-    Attributes:
-        names: of implementations, the fastest first.
-        times: milliseconds of a call in a row of such calls, by workload and implementation: (forward, forward and
-            backward), or (forward,). Empty where the order is what is expected, and nothing was measured.
-    """
-
-    names: tuple[str, ...]
-    times: dict[str, dict[str, tuple[float, ...]]]
-
-
-class Device(NamedTuple):
-    """A device on which was measured.
-
-    Attributes:
-        name, date, file: which, when, and the results in this project's repository.
-        versions: by framework, then by package.
-        orders: by framework, then by the name of a rule.
-    """
-
-    name: str
-    date: str
-    file: str
-    versions: dict[str, dict[str, str]]
-    orders: dict[str, dict[str, Order]]
-
-
+from attend_shared.orders import Device, Order
 '''
 
 
@@ -219,7 +188,7 @@ def behind(results: Results, framework: str, by_rule: dict[str, tuple[str, ...]]
 def source(results: Results) -> str:
     """The text of attend_shared/measured.py."""
     run = results.run
-    lines = [HEAD.rstrip("\n"), "", "", "DEVICES = {", f"    {json.dumps(run['machine']['capability'])}: Device("]
+    lines = [HEAD, "DEVICES = {", f"    {json.dumps(run['machine']['capability'])}: Device("]
     lines += [
         f"        name={json.dumps(run['machine']['device'])},",
         f'        date="{run["sessions"][0]["started"][:10]}",',

@@ -355,6 +355,7 @@ def _on_device(call: Callable[[], Any], count: int, host: float = 2e-4) -> tuple
     for _ in range(3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        time.sleep(timing.REST)
         torch.cuda._sleep(int(CYCLES * min(0.3, 1.3 * host * count + 2e-4)))
         started = time.perf_counter()
         begin.record()

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from attend_shared import measured
 from attend_shared.call import Call
 from attend_shared.choice import Entry, Explanation
+from attend_shared.orders import Order
 
 EXTRAS = {
     ("torch", "fa4"): "fa4",
@@ -131,7 +132,7 @@ def explained(explanation: Explanation, table: Iterable[Entry], call: Call, capa
     return explanation._replace(notes=(*lines, *explanation.notes))
 
 
-def _gain(name: str, extra: str, chosen: str | None, found: measured.Order) -> str:
+def _gain(name: str, extra: str, chosen: str | None, found: Order) -> str:
     """What an extra would gain, from the first workload on which both were measured."""
     text = f'{name} would come first here: pip install "attend-twin[{extra}]"'
     for workload, times in found.times.items():
