@@ -13,6 +13,8 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton.runtime import interpreter
 
 from attend_shared import cases, compare
@@ -134,6 +136,12 @@ def in_torch() -> dict[str, str]:
         lambda q, k: attend(q, k[:1].expand(2, -1, -1, -1), v, implementation=name), q, k))  # fmt: skip
     found["last axis not contiguous"] = both(lambda name: gradients(
         lambda q, k: attend(q, k.mT.contiguous().mT, v, implementation=name), q, k))  # fmt: skip
+    traced = make_fx(lambda *x: gradients(call("triton"), *x), tracing_mode="fake")(*inputs)
+    found["traced"] = near(traced(*inputs), gradients(call("einsum"), *inputs))
+    with FakeTensorMode() as fake:
+        shapes = [fake.from_tensor(x) for x in inputs]
+        kinds = [(type(x), x.shape, x.dtype) for x in (call("triton")(*shapes), *gradients(call("triton"), *shapes))]
+    found["fake tensors"] = "ok" if kinds == [(FakeTensor, x.shape, x.dtype) for x in (q, *inputs)] else str(kinds)
     data = (q, k, v, None, bias, None, None, None, None, None, sinks, None, None, 0, 0, 0.5, None, 0.0)
     torch.library.opcheck(torch.ops.attend_torch.triton.default, data, test_utils=("test_schema", "test_faketensor"))
     found["operator"] = "ok"

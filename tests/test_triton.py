@@ -87,11 +87,12 @@ def test_blocks_that_are_ruled_out_are_not_visited() -> None:
 
 
 def test_what_the_interpreter_is_not_needed_for() -> None:
-    """vmap, a compiler, a second derivative, and arrays that lie otherwise, in one process."""
+    """vmap, compilers, a second derivative, and arrays that lie otherwise or hold nothing, in one process."""
     found = interpret("torch")
     assert found.pop("second derivative").startswith("triton has first derivatives only")
     assert found == dict.fromkeys(found, "ok")
-    assert set(found) == {"vmap", "compiled", "compiled gradients", "expanded", "last axis not contiguous", "operator"}
+    assert set(found) == {"vmap", "compiled", "compiled gradients", "expanded", "last axis not contiguous", "traced",
+                          "fake tensors", "operator"}  # fmt: skip
 
 
 def call_of(call: Call | None = None, **options: Any) -> Call:

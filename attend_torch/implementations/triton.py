@@ -59,7 +59,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     """out (b h i dv) in q's dtype, and lse (b h i) in float32. Differentiable once, in reverse."""
     if call.is_empty:
         return einsum.attend(call, arrays)
-    if torch.compiler.is_compiling():  # it takes the operator whole
+    if torch.compiler.is_compiling() or _is_traced(arrays.q):  # they take the operator whole
         offset = _offset(call, arrays)
         arrays = arrays if isinstance(arrays.q_offset, Tensor) else arrays._replace(q_offset=None)
         options = call.left, call.right, offset, call.scale, call.softcap, call.dropout
@@ -71,6 +71,12 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     else:
         out, lse, *_ = _forward(call, arrays)
     return out, lse
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether nothing may be in the arrays (fake tensors), or a mode looks at what is called (make_fx, counters)."""
+    keys = torch._C._dispatch_keys(x)
+    return torch._C._len_torch_dispatch_stack() > 0 or keys.has(torch._C.DispatchKey.Python)
 
 
 def _is_watched() -> bool:
