@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import PartitionSpec
 
 import attend_jax
 import attend_torch
@@ -281,3 +283,35 @@ def test_lanes_are_more_items_of_one_call_in_jax(
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert (max(seen) == 6) == folds
+
+
+def test_in_a_shard_map_results_vary_as_inputs_do_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch's outputs are typed as the same on every device, as those of this stand-in are."""
+
+    def triton_call(*_: Any, out_shape: Any, **options: Any) -> list[Any]:
+        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+    monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=triton_call))
+    monkeypatch.setattr(jax_triton, "unavailable", lambda: None)
+    monkeypatch.setattr(jax_triton, "refusal", lambda call: None)
+
+    def gradients(q: Any, k: Any, v: Any, bias: Any, sinks: Any, seed: Any) -> Any:
+        at = jax.lax.axis_index("x") * 4
+
+        def loss(*floats: Any) -> Any:
+            *qkv, bias, sinks = floats
+            out, lse = attend_jax.attend(
+                *qkv, bias=bias, sinks=sinks, is_causal=True, q_offset=at, dropout=0.5, dropout_seed=seed[0],
+                return_lse=True, implementation="triton",
+            )  # fmt: skip
+            return out.sum() + lse.sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2, 3, 4))(q, k, v, bias, sinks)
+
+    mesh = jax.sharding.AbstractMesh((2,), ("x",))
+    rows, all_of = PartitionSpec(None, None, "x"), PartitionSpec()  # each device has some queries, and all keys
+    specs = rows, all_of, all_of, rows, all_of
+    given = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 4, 8, 16),) * 3 + ((1, 4, 8, 8), (4,))]
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(*specs, PartitionSpec("x")), out_specs=specs)
+    found = jax.eval_shape(sharded, *given, jax.ShapeDtypeStruct((2, 2), jnp.uint32))
+    assert [x.shape for x in found] == [x.shape for x in given]
