@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -56,6 +57,25 @@ def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
         q_ids = q_ids.astype(dtype)
         return q_ids, q_ids
     return q_ids.astype(dtype), kv_ids.astype(dtype)
+
+
+def varying(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The same values, typed in a shard_map as varying between the devices that `like` varies between, too."""
+    any_number = like[(slice(1),) * like.ndim].astype(jnp.float32).sum()  # 0 of an empty array
+    return jnp.where(False, any_number.astype(x.dtype), x)
+
+
+def alike(arrays: Any) -> Any:
+    """In a shard_map: the same values, typed as varying between all devices that any of them varies between.
+
+    What a loop or a kernel makes of them is then typed as each of them is, and their gradients are summed over devices.
+    XLA drops the choice that this is written as.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    first = (varying(jnp.zeros(()), jax.lax.stop_gradient(x)) for x in jax.tree.leaves(arrays))
+    all_of = functools.reduce(jnp.add, first)
+    return jax.tree.map(lambda x: varying(x, all_of), arrays)
 
 
 def indices(call: Call) -> tuple[jax.Array, jax.Array]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from attend_jax.arrays import FRAMEWORK, SHAPES, segment_ids, to_int32
+from attend_jax.arrays import FRAMEWORK, SHAPES, alike, segment_ids, to_int32
 from attend_jax.functions import Captured, lift, lower
 from attend_jax.implementations import table
 from attend_jax.machine import capability
@@ -185,7 +185,8 @@ def _host_ids(argument: str, ids: np.ndarray) -> np.ndarray:
 @partial(jax.jit, static_argnums=(0, 1))
 def _compute(call: Call, name: str, arrays: Arrays, captured: Captured) -> tuple[jax.Array, jax.Array | None]:
     """The named implementation, compiled: un-jitted, every operation would be dispatched by itself."""
-    arrays = canonical(call, jax.tree.map(jnp.asarray, arrays))
+    arrays, captured = alike((jax.tree.map(jnp.asarray, arrays), captured))
+    arrays = canonical(call, arrays)
     if call.segments:
         q_ids, kv_ids = segment_ids(arrays.q_segment_ids, arrays.kv_segment_ids)
         arrays = arrays._replace(q_segment_ids=q_ids, kv_segment_ids=kv_ids)

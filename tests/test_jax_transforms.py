@@ -507,12 +507,20 @@ SCRIPT = """
     alone = [dropped(q[n : n + 2], k[n : n + 2], v[n : n + 2], seeds[n // 2 :]) for n in (0, 2)]
     found["dropout"] = distance(parts, jnp.concatenate(alone))
 
-    # Keys over devices: each its part, then merge.
-    def partial(q, k, v):
-        out, lse = attend(q, k, v, return_lse=True, implementation="einsum")
-        return out[None], lse[None]
-    outs, lses = shard_map(partial, (P(), P(None, None, "x"), P(None, None, "x")), P("x"))(q, k, v)
-    found["keys over devices"] = distance(merge(list(outs), list(lses))[0], attend(q, k, v))
+    # Keys over devices: each its part, then merge. Queries over devices: keys that all share have one gradient.
+    for name in ("einsum", "blockwise"):
+        def partial(q, k, v):
+            out, lse = attend(q, k, v, return_lse=True, implementation=name)
+            return out[None], lse[None]
+        outs, lses = shard_map(partial, (P(), P(None, None, "x"), P(None, None, "x")), P("x"))(q, k, v)
+        found[f"{name} keys over devices"] = distance(merge(list(outs), list(lses))[0], attend(q, k, v))
+
+        def gradient(k, q, v, at):
+            return jax.grad(lambda k: jnp.sin(attend(
+                q, k, v, is_causal=True, q_offset=at, sinks=jnp.zeros(4), implementation=name)).sum())(k)
+        starts = jnp.array([0, 3])
+        summed = shard_map(lambda k, q, v, at: gradient(k, q, v, at[0]), (P(), P(None, None, "x"), P(), P("x")), P())
+        found[f"{name} queries over devices"] = distance(summed(k, q, v, starts), gradient(k, q, v, 0))
 
     # Arrays that are spread already, without shard_map: XLA cuts the work.
     spread = [jax.device_put(x, NamedSharding(mesh, P("x"))) for x in (q, k, v, mask)]
@@ -556,7 +564,7 @@ def two_devices() -> dict[str, Any]:
 
 def test_shard_map(two_devices: dict[str, Any]) -> None:
     distances = {name: x for name, x in two_devices.items() if isinstance(x, float)}
-    assert len(distances) == 6
+    assert len(distances) == 9
     assert max(distances.values()) < 1e-5, distances
     assert two_devices["devices of out"] == 2
 

@@ -50,6 +50,8 @@ ONE_SIDED_NAMES = {
     "attend_jax.arrays.SHAPES": "shapes without data are a type of their own in JAX, in torch a device",
     "attend_jax.arrays.to_int32": "without x64 JAX has no 64-bit integers",
     "attend_jax.arrays.segment_ids": "JAX compares one dtype with itself only",
+    "attend_jax.arrays.varying": "the type of an array in a shard_map says between which devices it varies",
+    "attend_jax.arrays.alike": "the type of an array in a shard_map says between which devices it varies",
     "attend_jax.attend.Array": "JAX takes NumPy arrays as well",
     "attend_jax.convert.Array": "JAX takes NumPy arrays as well",
     "attend_jax.multihead.HIGHEST": "torch multiplies float32 in full unless it is told otherwise",

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from attend_jax import philox
-from attend_jax.arrays import hide, hide_rows
+from attend_jax.arrays import hide, hide_rows, varying
 from attend_jax.implementations import einsum, rowwise
 from attend_shared import blocks, meaning
 from attend_shared.blocks import Blocks, Seen
@@ -253,11 +253,6 @@ def _pad(x: Array, cut: Blocks) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, cut.padded - x.shape[2]), (0, 0))) if cut.padded != x.shape[2] else x
 
 
-def _varying(x: Array, like: Array) -> Array:
-    """The same values, typed as `like`: in a shard_map a loop's start must vary between devices where its end may."""
-    return jnp.where(False, like[(0,) * like.ndim].astype(x.dtype), x)
-
-
 def _each(function: Any, inputs: Any) -> Any:
     """`lax.map`: one after the other on a CPU, where products of two axes are the fastest, all at once elsewhere."""
     return lax.map(function, inputs) if jax.default_backend() == "cpu" else jax.vmap(function)(inputs)
@@ -297,7 +292,7 @@ def _forward(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array, Ar
 
             m = jnp.broadcast_to(sinks[head], (queries.size,))
             start = m, jnp.where(m == -jnp.inf, 0, jnp.ones_like(m)), jnp.zeros((queries.size, call.dv), wide)
-            m, total, out = lax.fori_loop(0, count, visit, tuple(_varying(x, rows) for x in start))
+            m, total, out = lax.fori_loop(0, count, visit, tuple(varying(x, rows) for x in start))
             return out / jnp.where(total == 0, 1, total)[:, None], m, total
 
         return _each(of_block, jnp.arange(tiles.group * queries.count, dtype=jnp.int32))
@@ -379,14 +374,14 @@ def _backward(
                 dv = _add(dv, tiles.dot(do, weights, 0, 0), key_block)
                 return dk, dv, dbias, dq + tiles.dot(ds, k_block, 1, 0)
 
-            dq = _varying(jnp.zeros((queries.size, call.d), wide), rows)
+            dq = varying(jnp.zeros((queries.size, call.d), wide), rows)
             *state, dq = lax.fori_loop(0, count, visit, (*state, dq))
             return tuple(state), (dq * call.scale).astype(floats.q.dtype)
 
         # Transposed, since products whose result has many columns and few rows are twice as fast on a CPU.
         empty = (jnp.zeros((keys.count, size, keys.size), wide) for size in (call.d, call.dv))
         turns = jnp.arange(tiles.group * queries.count, dtype=jnp.int32)
-        start: Any = (*(_varying(x, q) for x in empty), dbias)
+        start: Any = (*(varying(x, q) for x in empty), dbias)
         swept: Any = lax.scan(of_block, start, turns)
         (dk, dv, dbias), dq = swept
         return dbias, (dq, (dk * call.scale).astype(floats.k.dtype), dv.astype(floats.v.dtype))
@@ -396,7 +391,7 @@ def _backward(
     if dbias is None:
         dq, dk, dv = _each(lambda inputs: of_head(None, inputs)[1], inputs)
     else:  # heads in turn, since they may add to the same bias
-        dbias, (dq, dk, dv) = lax.scan(of_head, _varying(dbias, floats.q), inputs)
+        dbias, (dq, dk, dv) = lax.scan(of_head, varying(dbias, floats.q), inputs)
     dq = dq.reshape(call.b, call.h, queries.padded, call.d)[:, :, : call.i]
     dk, dv = (x.swapaxes(2, 3).reshape(call.b, call.hk, keys.padded, -1)[:, :, : call.j] for x in (dk, dv))
     if dbias is not None and floats.bias is not None:

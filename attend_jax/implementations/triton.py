@@ -7,7 +7,7 @@ makes, and how they batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial, reduce
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
@@ -18,8 +18,9 @@ import numpy as np
 from jax import lax
 from packaging.version import Version
 
+from attend_jax.arrays import varying
 from attend_jax.implementations import einsum
-from attend_jax.implementations.blockwise import Floats, _varying
+from attend_jax.implementations.blockwise import Floats
 from attend_jax.machine import capability
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
@@ -54,23 +55,10 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     """out (b h i dv) in q's dtype, and lse (b h i) in float32. Differentiable once, in reverse."""
     if call.is_empty:
         return einsum.attend(call, arrays)
+    floats = Floats(arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
     if arrays.q_segment_ids is arrays.kv_segment_ids:  # which a transformation would not see
         arrays = arrays._replace(kv_segment_ids=None)
-    arrays = _alike(arrays)
-    floats = Floats(arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
     return _attend(call, floats, arrays._replace(q=None, k=None, v=None, bias=None, sinks=None))
-
-
-def _alike(arrays: Arrays) -> Arrays:
-    """In a shard_map: the same values, typed as varying between all devices that any of them varies between.
-
-    A launch says nothing of that for what it makes, which is typed after what goes in. XLA drops the choice.
-    """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return arrays
-    first = (lax.stop_gradient(x)[(0,) * x.ndim].astype(jnp.float32) for x in jax.tree.leaves(arrays))
-    any_of = reduce(jnp.add, first)
-    return jax.tree.map(lambda x: _varying(x, any_of), arrays)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -196,8 +184,8 @@ def _run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
             out_shape=[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for _, shape, dtype, _ in launch.outputs],
             num_warps=launch.warps, num_stages=launch.stages, **launch.constants,
         )  # fmt: skip
-        if jax.sharding.get_abstract_mesh().manual_axes:
-            made = [_varying(x, nothing) for x in made]
+        if jax.sharding.get_abstract_mesh().manual_axes:  # of which a launch says nothing
+            made = [varying(x, nothing) for x in made]
         arrays.update(zip((output.name for output in launch.outputs), made, strict=True))
 
 
