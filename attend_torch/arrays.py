@@ -25,6 +25,13 @@ def device_type(array: torch.Tensor) -> str:
     return "cpu" if array.is_cpu else "cuda" if array.is_cuda else array.device.type
 
 
+def is_traced(array: torch.Tensor) -> bool:
+    """Whether what is called counts, and not its data: for compilers, fake tensors, and modes as make_fx has them."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return torch._C._dispatch_keys(array).has(torch._C.DispatchKey.Python)
+
+
 FRAMEWORK = Framework(
     name="torch",
     arrays=torch.Tensor,

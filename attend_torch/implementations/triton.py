@@ -19,6 +19,7 @@ from attend_shared import meaning
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
 from attend_shared.kernels.plan import Launch, Layout
+from attend_torch.arrays import is_traced
 from attend_torch.implementations import blockwise, einsum, rowwise
 from attend_torch.implementations.blockwise import COUNT, FLOATS
 from attend_torch.machine import capability
@@ -59,7 +60,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     """out (b h i dv) in q's dtype, and lse (b h i) in float32. Differentiable once, in reverse."""
     if call.is_empty:
         return einsum.attend(call, arrays)
-    if torch.compiler.is_compiling() or _is_traced(arrays.q):  # they take the operator whole
+    if is_traced(arrays.q):  # what looks on takes the operator whole
         offset = _offset(call, arrays)
         arrays = arrays if isinstance(arrays.q_offset, Tensor) else arrays._replace(q_offset=None)
         options = call.left, call.right, offset, call.scale, call.softcap, call.dropout
@@ -71,12 +72,6 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     else:
         out, lse, *_ = _forward(call, arrays)
     return out, lse
-
-
-def _is_traced(x: Tensor) -> bool:
-    """Whether nothing may be in the arrays (fake tensors), or a mode looks at what is called (make_fx, counters)."""
-    keys = torch._C._dispatch_keys(x)
-    return torch._C._len_torch_dispatch_stack() > 0 or keys.has(torch._C.DispatchKey.Python)
 
 
 def _is_watched() -> bool:
