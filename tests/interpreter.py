@@ -100,6 +100,66 @@ def visits() -> dict[str, list[int]]:
     return found
 
 
+def whole() -> dict[str, list[float] | str]:
+    """How many tiles of 64 x 64 logits forward, query_gradients and key_gradients (which looks at no key mask) make
+    without a look at segments and key masks; or what is wrong with the result.
+
+    What they look at is put out of force as soon as it is known which tiles are whole: no key has a segment that a
+    query has, and none is alive. All weights of a row are equal here, and the cotangents make each of them count 1.
+    """
+    far, n = 2**63 - 1, torch.arange(256)
+    foreign, dead = torch.zeros(1, 256, dtype=torch.int64), torch.ones(1, 256, dtype=torch.bool)
+    foreign[:, 100], dead[:, 100] = 9, False
+    calls: dict[str, dict[str, Any]] = {
+        "documents of 128, causal": {"q_segment_ids": n[None] // 128, "is_causal": True},
+        "documents of 96": {"q_segment_ids": n[None] // 96},
+        "extreme ids": {"q_segment_ids": torch.where(n < 128, -far - 1, far)[None]},
+        "one foreign id": {"q_segment_ids": foreign},
+        "left padding, causal": {"mask": (n >= 70)[None], "is_causal": True},
+        "documents of 128, one dead key": {"q_segment_ids": n[None] // 128, "mask": dead},
+    }
+    run = triton._run
+    spoilt: tuple[str, ...] = ()
+
+    def run_each(kernels: Any, arrays: Any) -> None:
+        for kernel in kernels:
+            last = kernel.launch.kernel == "key_gradients"
+            names = ("q_segment_ids", "kv_segment_ids", *(() if last else ("alive",)))
+            kept = {name: arrays[name] for name in names if name in arrays}
+            if kernel.launch.kernel in spoilt:
+                arrays |= {name: torch.full_like(x, name == names[0]) for name, x in kept.items()}
+            run([kernel], arrays)
+            arrays |= kept
+
+    triton._run = run_each
+    plans.SMALL_TILES = (plans.SMALL_TILES[1],) * 2
+    found: dict[str, list[float] | str] = {}
+    for name, options in calls.items():
+        inputs = [draw(1, 1, 256, 16, seed=seed).requires_grad_() for seed in range(3)]
+        spoilt = ()
+        ours, theirs = (
+            torch.autograd.grad(attend(*inputs, **options, implementation=each).sin().sum(), inputs)
+            for each in ("triton", "einsum")
+        )
+        try:
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        except AssertionError as error:
+            found[name] = str(error)
+            continue
+        q, k, v = torch.zeros(1, 1, 256, 16), torch.ones(1, 1, 256, 16), torch.zeros(1, 1, 256, 16)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out, lse = attend(*inputs, **options, scale=1.0, return_lse=True, implementation="triton")
+        seen = lse.detach().exp()
+        spoilt = ("query_gradients", "key_gradients")
+        dq, _, dv = torch.autograd.grad((out, lse), inputs, (seen[..., None].expand_as(out), seen))
+        spoilt = ("forward",)
+        with torch.no_grad():
+            lse = attend(*inputs, **options, scale=1.0, return_lse=True, implementation="triton")[1]
+        counts = (lse.exp(), dq[..., 0], dv[..., 0])[: 3 if "q_segment_ids" in options else 2]
+        found[name] = [round(x.sum().item() / 64**2, 2) for x in counts]
+    return found
+
+
 def in_torch() -> dict[str, str]:
     """What surrounds the kernels in torch, against einsum."""
     q, k, v = (draw(2, 2, 20, 8, seed=n).requires_grad_() for n in range(3))
@@ -154,7 +214,7 @@ def in_torch() -> dict[str, str]:
     return found
 
 
-TASKS: dict[str, Callable[..., Any]] = {"cases": run_cases, "visits": visits, "torch": in_torch}
+TASKS: dict[str, Callable[..., Any]] = {"cases": run_cases, "visits": visits, "whole": whole, "torch": in_torch}
 
 if __name__ == "__main__":
     answer = TASKS[sys.argv[1]](*sys.argv[2:])

@@ -88,6 +88,18 @@ def test_blocks_that_are_ruled_out_are_not_visited() -> None:
     }
 
 
+def test_whole_blocks_are_not_looked_at() -> None:
+    """Of 16 tiles again; and a block that is not whole by one id, or one key, is looked at."""
+    assert interpret("whole") == {
+        "documents of 128, causal": [2, 2, 2],
+        "documents of 96": [3, 3, 3],
+        "extreme ids": [8, 8, 8],
+        "one foreign id": [3, 3, 3],  # the first run of blocks
+        "left padding, causal": [1, 1],
+        "documents of 128, one dead key": [6, 6, 7.97],  # what a dead key gets is thrown away
+    }
+
+
 def test_what_the_interpreter_is_not_needed_for() -> None:
     """vmap, compilers, a second derivative, and arrays that lie otherwise or hold nothing, in one process."""
     found = interpret("torch")
@@ -175,7 +187,7 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
     pairs = {name: tuple(np.cumprod((*shape[:0:-1], 1)[::-1]).tolist()) if shape else None
              for name, shape in (("mask", call.mask), ("bias", call.bias))}  # fmt: skip
     plan = plans.plan(call, plans.Layout(x, x, x, **pairs, one_id=True))
-    launches = (*plan.forward, *plan.backward(x, call.bias is not None, True))
+    launches = (*plan.forward, *plan.backward(x, call.bias is not None, True, False))
     dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype) | {"mask": "bool", "dlse": "float32"}
     dtypes |= {"bias": "float32", "sinks": "float32", "dropout_seed": "int64"}
     dtypes |= {"q_segment_ids": "int8", "kv_segment_ids": "int64", "q_lengths": "int64", "kv_lengths": "int64"}
@@ -195,7 +207,7 @@ def test_what_has_little_shared_memory_gets_smaller_blocks(d: int) -> None:
     x = (4 * 96 * d, 96 * d, d)
     plan = plans.plan(call, plans.Layout(x, x, x, little=True))
     dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype)
-    for launch in (*plan.forward, *plan.backward(x, False, False)):
+    for launch in (*plan.forward, *plan.backward(x, False, False, False)):
         dtypes |= {output.name: output.dtype for output in launch.outputs}
         if launch.kernel in ("forward", "key_gradients"):
             assert compile_for_hopper(launch, dtypes, 86).metadata.shared <= 99 * 1024

@@ -27,7 +27,7 @@ from attend_shared.kernels import plan as plans
 from attend_shared.kernels.plan import Launch, Layout, Plan
 
 Array = jax.Array
-SAVED = ("out", "lse", "top", "inverse", "exact")
+SAVED = ("out", "lse", "top", "inverse", "exact", *plans.BOUNDS)
 
 
 @cache
@@ -189,11 +189,12 @@ def _run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
         arrays.update(zip((output.name for output in launch.outputs), made, strict=True))
 
 
-def _forward(call: Call, arrays: Arrays) -> tuple[Array, ...]:
-    """out (b h i dv), and the others of `SAVED`."""
+def _forward(call: Call, arrays: Arrays) -> tuple[Array | None, ...]:
+    """out (b h i dv), and the others of `SAVED`, None those bounds that the way back does not take."""
     plan, known = _prepare(call, arrays)
     _run(plan.forward, known)
-    return _turned(call, known["out"]), *(known[name] for name in SAVED[1:])
+    bounds = (known[name] if name in plan.bounds else None for name in plans.BOUNDS)
+    return _turned(call, known["out"]), *(known[name] for name in SAVED[1 : -len(plans.BOUNDS)]), *bounds
 
 
 def _gradients(call: Call, arrays: Arrays, saved: tuple, dout: Array, dlse: Array) -> tuple:
@@ -202,6 +203,6 @@ def _gradients(call: Call, arrays: Arrays, saved: tuple, dout: Array, dlse: Arra
     known |= zip(SAVED, saved, strict=True)
     known |= {"out": _turned(call, saved[0]), "dout": _turned(call, dout), "dlse": dlse}
     strides = _strides(dout, call.layout == "bnhd")
-    _run(plan.backward(strides, call.bias is not None, True), known)
+    _run(plan.backward(strides, call.bias is not None, True, bool(plan.bounds)), known)
     gradients = [_turned(call, known[name]) for name in ("dq", "dk", "dv")]
     return *gradients, known.get("dbias"), known.get("dsinks")

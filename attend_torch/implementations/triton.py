@@ -79,7 +79,8 @@ def _is_watched() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-SAVED = ("out", "lse", "top", "inverse", "exact")
+SAVED = ("out", "lse", "top", "inverse", "exact", *plans.BOUNDS)
+COMPILED = 5  # of them are what the operator gives: the way back finds the bounds anew
 
 
 class _Eager(torch.autograd.Function):
@@ -207,6 +208,7 @@ class _Plan:
         plan = plans.plan(call, layout)
         inputs = {name for launch in plan.forward for name in launch.inputs}
         self.names = [name for name in _SMALL if name in inputs]
+        self.bounds = plan.bounds
         self.forward = tuple(map(_Kernel, plan.forward))
         self.backward = lru_cache(maxsize=64)(lambda *how: tuple(map(_Kernel, plan.backward(*how))))
 
@@ -272,7 +274,8 @@ def _forward(call: Call, arrays: Arrays) -> tuple[Tensor | None, ...]:
     """out (b h i dv), and the others of `SAVED`, None those that the way back does not need."""
     plan, known = _prepare(call, arrays)
     _run(plan.forward, known)
-    return _turned(call, known["out"]), *(known.get(name) for name in SAVED[1:])
+    bounds = (known[name] if name in plan.bounds else None for name in plans.BOUNDS)
+    return _turned(call, known["out"]), *(known.get(name) for name in SAVED[1:COMPILED]), *bounds
 
 
 def _whole(nothing: Tensor, output: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -284,13 +287,14 @@ def _gradients(
     call: Call, arrays: Arrays, saved: Sequence[Tensor | None], dout: Tensor, dlse: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of the arrays, None for those that have none or are not wanted."""
+    """The gradients of the arrays, None for those that have none or are not wanted. saved: as `SAVED`, or its head."""
     plan, known = _prepare(call, arrays)
-    known |= ((name, x) for name, x in zip(SAVED, saved, strict=True) if x is not None)
+    known |= ((name, x) for name, x in zip(SAVED, saved, strict=False) if x is not None and x.numel())
     known["out"], known["dout"] = _turned(call, known["out"]), _rows(dout)
     if dlse is not None:
         known["dlse"] = dlse.contiguous()
-    _run(plan.backward(known["dout"].stride()[:3], wanted[FLOATS[3]], dlse is not None), known)
+    has_bounds = bool(plan.bounds) and all(name in known for name in plan.bounds)
+    _run(plan.backward(known["dout"].stride()[:3], wanted[FLOATS[3]], dlse is not None, has_bounds), known)
     gradients: list[Tensor | None] = [None] * COUNT
     for place in FLOATS:
         name = Arrays._fields[place]
@@ -303,7 +307,7 @@ def _gradients(
 
 
 def _operator(*inputs: Any) -> tuple[Tensor, ...]:
-    return _whole(inputs[0], _forward(*blockwise.canonical(inputs[:COUNT], *inputs[COUNT:])))
+    return _whole(inputs[0], _forward(*blockwise.canonical(inputs[:COUNT], *inputs[COUNT:]))[:COMPILED])
 
 
 def _operator_fake(q: Tensor, _: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -319,7 +323,7 @@ def _operator_fake(q: Tensor, _: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor,
 
 def _operator_gradients(*inputs: Any) -> tuple[Tensor, ...]:
     """dq, dk, dv, dbias and dsinks, the last two of shape (0,) where there are none or they are not wanted."""
-    behind = COUNT + len(SAVED)
+    behind = COUNT + COMPILED
     saved, (dout, dlse, wants_bias) = inputs[COUNT:behind], inputs[behind : behind + 3]
     call, arrays = blockwise.canonical(inputs[:COUNT], *inputs[behind + 3 :])
     wanted = [x is not None for x in arrays]
@@ -330,7 +334,7 @@ def _operator_gradients(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _operator_gradients_fake(*inputs: Any) -> tuple[Tensor, ...]:
-    data, wants_bias = Arrays(*inputs[:COUNT]), inputs[COUNT + len(SAVED) + 2]
+    data, wants_bias = Arrays(*inputs[:COUNT]), inputs[COUNT + COMPILED + 2]
     nothing = data.q.new_empty(0)
     dbias = data.bias.new_empty(data.bias.shape) if wants_bias else nothing
     dsinks = nothing if data.sinks is None else data.sinks.new_empty(data.sinks.shape)
@@ -352,7 +356,7 @@ def _derive(ctx: Any, dout: Tensor, dlse: Tensor, *_: Any) -> tuple:
 
 
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_TENSORS = ", ".join(f"Tensor {name}" for name in (*SAVED, "dout", "dlse"))
+_TENSORS = ", ".join(f"Tensor {name}" for name in (*SAVED[:COMPILED], "dout", "dlse"))
 _LIBRARY = torch.library.Library("attend_torch", "FRAGMENT")
 _LIBRARY.define(f"triton({blockwise.ARRAYS}, {blockwise.OPTIONS}) -> {_FIVE}")
 _LIBRARY.define(

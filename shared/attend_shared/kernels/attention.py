@@ -5,9 +5,9 @@ An input that a call has not got stands for nothing: any pointer will do. Stride
 head are in units of UNIT elements, so that the compiler sees that rows are aligned where they are; those by row are
 fixed when it is compiled. The last axis is contiguous.
 
-Nothing is masked twice: a block of keys or queries that is wholly allowed by position is visited without a look at
-positions, one that is wholly ruled out is not visited, and keys that a whole item excludes are read as zeros, so that
-what stands there (NaN, say) reaches nothing.
+Nothing is masked twice: a whole block of keys or queries, one that is allowed by position, segment and key mask alike,
+is visited without a look at any of them; one that is wholly ruled out is not visited; and keys that a whole item
+excludes are read as zeros, so that what stands there (NaN, say) reaches nothing.
 
 What the way back takes of each row lies in arrays of P rows a head, P a multiple of every block of queries: what lies
 behind the last row stands for rows that see nothing, so that it is read without a look at where the rows end.
@@ -178,25 +178,30 @@ def _clip(start, whole_from, whole_to, stop, most):
 
 
 @triton.jit
-def _hull(first, end, b, block, groups, RATIO: tl.constexpr):
-    """From the first to behind the last of the other side's groups whose segments meet a block's RATIO groups."""
-    g = b * groups + block * RATIO
-    some_from, some_to = tl.load(first + g), tl.load(end + g)
+def _hull(bounds, groups_before, block, groups, RATIO: tl.constexpr):
+    """Of what `overlaps` found for a block's RATIO groups: from the first to behind the last of the other side's groups
+    that some of them meet, and the run of groups with which all of them have one id.
+    """
+    place = bounds + (groups_before + block * RATIO) * 4
+    some_from, some_to, same_from, same_to = tl.load(place), tl.load(place + 1), tl.load(place + 2), tl.load(place + 3)
     for n in tl.static_range(1, RATIO):
         inside = block * RATIO + n < groups
-        some_from = tl.minimum(some_from, tl.load(first + g + n, mask=inside, other=2147483647))
-        some_to = tl.maximum(some_to, tl.load(end + g + n, mask=inside, other=0))
-    return some_from, some_to
+        some_from = tl.minimum(some_from, tl.load(place + 4 * n, mask=inside, other=2147483647))
+        some_to = tl.maximum(some_to, tl.load(place + 4 * n + 1, mask=inside, other=0))
+        same_from = tl.maximum(same_from, tl.load(place + 4 * n + 2, mask=inside, other=0))
+        same_to = tl.minimum(same_to, tl.load(place + 4 * n + 3, mask=inside, other=2147483647))
+    return some_from, some_to, same_from, same_to
 
 
 @triton.jit
 def _visited_keys(
-    q_lengths, kv_lengths, q_offset, before, keys_from, keys_to, b, block, I, J, offset, left, right,
+    q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
     BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr,
     SEGMENTS: tl.constexpr, LISTED: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Where queries and keys end; the reach of a query; and, for a block of queries, where the blocks of keys begin,
     are whole, end being whole, and end: in the list of blocks with a key that some query may see, where there is one.
+    And how far a whole block lies behind its place in that list.
     """
     first = block * BM
     i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
@@ -211,49 +216,73 @@ def _visited_keys(
         stop = tl.minimum(stop, _blocks_up(first + BM + high, BN))
         whole_to = tl.minimum(whole_to, _blocks(first + high + 1, BN))
     if SEGMENTS:
-        some_from, some_to = _hull(keys_from, keys_to, b, block, tl.cdiv(I, G), BM // G)
+        groups = tl.cdiv(I, G)
+        some_from, some_to, same_from, same_to = _hull(bounds, b * (groups + tl.cdiv(J, G)), block, groups, BM // G)
         start = tl.maximum(start, some_from // (BN // G))
         stop = tl.minimum(stop, (some_to + BN // G - 1) // (BN // G))
-    start, whole_from, whole_to, stop = _clip(start, whole_from, whole_to, stop, most)
+        whole_from = tl.maximum(whole_from, (same_from + BN // G - 1) // (BN // G))
+        whole_to = tl.minimum(whole_to, same_to // (BN // G))
     if LISTED:
-        before += b * (tl.cdiv(J, BN) + 1)
+        blocks = tl.cdiv(J, BN)
+        before += b * (blocks + 3)
+        if not SEGMENTS:  # whose runs look at each key as well
+            whole_from = tl.maximum(whole_from, tl.load(before + blocks + 1))
+            whole_to = tl.minimum(whole_to, tl.load(before + blocks + 2))
+    start, whole_from, whole_to, stop = _clip(start, whole_from, whole_to, stop, most)
+    behind = tl.full((), 0, tl.int32)
+    if LISTED:
+        behind = whole_from
         start, whole_from = tl.load(before + start), tl.load(before + whole_from)
         whole_to, stop = tl.load(before + whole_to), tl.load(before + stop)
+        behind -= whole_from
     if Q_LENGTHS:  # a block of dead rows visits nothing
         stop = tl.where(first < i_end, stop, start)
         whole_from, whole_to = tl.minimum(whole_from, stop), tl.minimum(whole_to, stop)
-    return i_end, j_end, low, high, start, whole_from, whole_to, stop
+    return i_end, j_end, low, high, start, whole_from, whole_to, stop, behind
 
 
 @triton.jit
-def _keys(alive_keys, kv_ids, b64, begin, J, j_end, BN: tl.constexpr, ALIVE: tl.constexpr, SEGMENTS: tl.constexpr):
+def _keys(
+    alive_keys, kv_ids, b64, begin, J, j_end, BN: tl.constexpr, G: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    ALIVE: tl.constexpr, SEGMENTS: tl.constexpr,
+):  # fmt: skip
     """A block of keys: which they are, which of them the item has, and their segments."""
     keys = begin + tl.arange(0, BN)
-    alive = keys < j_end
-    if ALIVE:
-        alive &= tl.load(alive_keys + b64 * J + keys, mask=alive, other=0) != 0
+    if ALIVE:  # a bit each, of words that all threads have: a byte each would take all registers
+        WORD: tl.constexpr = 32 if G > 32 else G
+        columns = tl.arange(0, BN)
+        place = alive_keys + b64 * tl.cdiv(J, WORD) + begin // WORD
+        word = tl.load(place)
+        for part in tl.static_range(1, BN // WORD):
+            word = tl.where(columns < part * WORD, word, tl.load(place + part, mask=begin + part * WORD < J, other=0))
+        alive = ((word >> (columns % WORD)) & 1) != 0
+    else:
+        alive = keys < j_end
     if SEGMENTS:
-        kv_id = tl.load(kv_ids + b64 * J + keys, mask=keys < J, other=0)
+        kv_id = tl.load(kv_ids + b64 * J + keys, mask=None if EVEN_KEYS else keys < J)
     else:
         kv_id = keys
     return keys, alive, kv_id
 
 
 @triton.jit
-def _rows_ids(q_ids, b64, rows, I, SEGMENTS: tl.constexpr):
+def _rows_ids(q_ids, b64, rows, I, EVEN: tl.constexpr, SEGMENTS: tl.constexpr):
     if SEGMENTS:
-        return tl.load(q_ids + b64 * I + rows, mask=rows < I, other=0)
+        return tl.load(q_ids + b64 * I + rows, mask=None if EVEN else rows < I)
     else:
         return rows
 
 
 @triton.jit
 def _tile(
-    s, ahead, low, high, q_id, kv_id, alive, seen, added, factor, cap,
-    BY_PLACE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEGMENTS: tl.constexpr, ALIVE: tl.constexpr,
+    s, place, least, most, q_id, kv_id, alive, seen, added, factor, cap,
+    BY_PLACE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, SEGMENTS: tl.constexpr, ALIVE: tl.constexpr,
     MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISE: tl.constexpr,
 ):  # fmt: skip
-    """Products to logits (times log2(e) where BASE2), -inf where not allowed; and tanh of the softcap."""
+    """Products to logits (times log2(e) where BASE2), -inf where not allowed; and tanh of the softcap.
+
+    place: of what moves along while the rest stays; with what stays it is allowed from `least` to `most`.
+    """
     capped = s
     if SOFTCAP:
         s, capped = _softcap(s, factor, cap, PRECISE)
@@ -262,10 +291,10 @@ def _tile(
     if BIAS:
         s += added.to(tl.float32)
     if BY_PLACE:
-        if RIGHT:
-            s = tl.where(ahead <= high, s, NOTHING)
-        if LEFT:
-            s = tl.where(ahead >= low, s, NOTHING)
+        if MOST:
+            s = tl.where(place <= most, s, NOTHING)
+        if LEAST:
+            s = tl.where(place >= least, s, NOTHING)
     if SEGMENTS:
         s = tl.where(q_id == kv_id, s, NOTHING)
     if ALIVE:
@@ -352,7 +381,7 @@ def _pad(top, inverse, of_head, I, P, BASE2: tl.constexpr, SINKS: tl.constexpr):
 @triton.jit
 def forward(
     q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, sinks, seed, listed, before,
-    keys_from, keys_to, H, I, J, P, qb, qh, kb, kh, vb, vh, mb, mh, mi, bb, bh, bi,
+    bounds, H, I, J, P, qb, qh, kb, kh, vb, vh, mb, mh, mi, bb, bh, bi,
     offset, left, right, factor, cap, kept, out, lse, top, inverse, exact,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
@@ -384,8 +413,8 @@ def forward(
         heads = (n % H).to(tl.int64)
         rows = first + local
     b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
-    i_end, j_end, low, high, start, whole_from, whole_to, stop = _visited_keys(
-        q_lengths, kv_lengths, q_offset, before, keys_from, keys_to, b, block, I, J, offset, left, right,
+    i_end, j_end, low, high, start, whole_from, whole_to, stop, behind = _visited_keys(
+        q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
         BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, Q_LENGTHS, KV_LENGTHS,
     )  # fmt: skip
     if SPLIT:
@@ -411,23 +440,29 @@ def forward(
         of_q, of_mask, of_bias = local[:, None] * QN, local[:, None] * mi, local[:, None] * bi
     alive_rows = rows < i_end
     tile_q = _load(q, of_q, tl.arange(0, BD)[None, :], alive_rows[:, None], D, BD, False)
-    q_id = _rows_ids(q_ids, b64, rows, I, SEGMENTS)
+    q_id = _rows_ids(q_ids, b64, rows, I, False, SEGMENTS)
 
     LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP  # the factor comes with the exponent
     m = tl.full((BM,), NOTHING, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
-    for stage in tl.static_range(3):  # blocks cut on the left, whole blocks, blocks cut on the right
-        if ((stage != 2) and (not SPLIT) and ((stage == 1) or LEFT)) or ((stage == 2) and (RIGHT or SPLIT or not EVEN)):
+    FROM: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not SPLIT
+    TO: tl.constexpr = SEGMENTS or ALIVE or SPLIT or not EVEN
+    FULL: tl.constexpr = EVEN and not ALIVE  # every block of keys is
+    for stage in tl.static_range(3):  # blocks cut on the left, whole blocks, blocks cut on the right; or by segments
+        if (stage == 1 and not SPLIT) or (stage == 0 and FROM) or (stage == 2 and (RIGHT or TO)):
             from_block = start if stage == 0 else (whole_from if stage == 1 else whole_to)
             to_block = whole_from if stage == 0 else (whole_to if stage == 1 else stop)
             for turn in range(from_block, to_block):
-                at = turn
-                if LISTED:
+                at = turn + behind
+                if LISTED and (stage != 1):
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
                 begin64 = begin.to(tl.int64)
-                keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, begin, J, j_end, BN, ALIVE, SEGMENTS)
+                keys, alive, kv_id = _keys(
+                    alive_keys, kv_ids, b64, begin, J, j_end, BN, G, EVEN_KEYS, ALIVE and (stage != 1),
+                    SEGMENTS and (stage != 1),
+                )  # fmt: skip
                 if MASK:
                     seen = _pairs(
                         mask + begin64 * MJ, of_mask * MASK_UNIT, columns[None, :] * MJ, (rows < I)[:, None],
@@ -444,13 +479,13 @@ def forward(
                     added = 0.0
                 tile_k = _load(
                     k + begin64 * KN, columns[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
-                    D, BD, (stage == 1) and (not ALIVE),
+                    D, BD, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
                 s, _ = _tile(
-                    s, keys[None, :] - rows[:, None], low, high, q_id[:, None], kv_id[None, :], alive[None, :], seen,
-                    added, 1.0 if LATE else factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS, (stage != 1) or ALIVE,
-                    MASK, BIAS, SOFTCAP, PRECISE,
+                    s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
+                    alive[None, :], seen, added, 1.0 if LATE else factor, cap, stage != 1, LEFT, RIGHT,
+                    SEGMENTS and (stage != 1), (stage != 1) and not FULL, MASK, BIAS, SOFTCAP, PRECISE,
                 )  # fmt: skip
                 if LATE:
                     new = tl.maximum(m, tl.max(s, 1) * factor)
@@ -472,7 +507,7 @@ def forward(
                 acc = acc * shrink[:, None]
                 tile_v = _load(
                     v + begin64 * VN, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None],
-                    DV, BDV, (stage == 1) and (not ALIVE),
+                    DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
                 rounded = p.to(v.dtype.element_ty)
                 acc = _dot(rounded, tile_v, acc, WIDEN)
@@ -607,7 +642,7 @@ def sum_sinks(partial, H, B, blocks, dsinks, BLOCK: tl.constexpr):
 @triton.jit
 def query_gradients(
     q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, listed, before,
-    keys_from, keys_to, dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
+    bounds, dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
     mb, mh, mi, bb, bh, bi, offset, left, right, factor, cap, kept, scale, dq,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
@@ -627,8 +662,8 @@ def query_gradients(
     first = block * BM
     first64 = first.to(tl.int64)
     rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), tl.arange(0, BN)
-    i_end, j_end, low, high, start, whole_from, whole_to, stop = _visited_keys(
-        q_lengths, kv_lengths, q_offset, before, keys_from, keys_to, b, block, I, J, offset, left, right,
+    i_end, j_end, low, high, start, whole_from, whole_to, stop, behind = _visited_keys(
+        q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
         BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, Q_LENGTHS, KV_LENGTHS,
     )  # fmt: skip
 
@@ -644,20 +679,26 @@ def query_gradients(
     of_row = n.to(tl.int64) * P + rows
     m, slope, one = _known(known, of_row)
     m, slope, one = m[:, None], slope[:, None], one[:, None]
-    q_id = _rows_ids(q_ids, b64, rows, I, SEGMENTS)
+    q_id = _rows_ids(q_ids, b64, rows, I, False, SEGMENTS)
 
+    FROM: tl.constexpr = LEFT or SEGMENTS or ALIVE
+    TO: tl.constexpr = SEGMENTS or ALIVE or not EVEN
+    FULL: tl.constexpr = EVEN and not ALIVE
     acc = tl.zeros((BM, BD), tl.float32)
     for stage in tl.static_range(3):
-        if (stage == 1) or ((stage == 0) and LEFT) or ((stage == 2) and (RIGHT or not EVEN)):
+        if (stage == 1) or (stage == 0 and FROM) or (stage == 2 and (RIGHT or TO)):
             from_block = start if stage == 0 else (whole_from if stage == 1 else whole_to)
             to_block = whole_from if stage == 0 else (whole_to if stage == 1 else stop)
             for turn in range(from_block, to_block):
-                at = turn
-                if LISTED:
+                at = turn + behind
+                if LISTED and (stage != 1):
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
                 begin64 = begin.to(tl.int64)
-                keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, begin, J, j_end, BN, ALIVE, SEGMENTS)
+                keys, alive, kv_id = _keys(
+                    alive_keys, kv_ids, b64, begin, J, j_end, BN, G, EVEN_KEYS, ALIVE and (stage != 1),
+                    SEGMENTS and (stage != 1),
+                )  # fmt: skip
                 if MASK:
                     seen = _pairs(
                         mask + begin64 * MJ, local[:, None] * mi * MASK_UNIT, columns[None, :] * MJ,
@@ -674,17 +715,17 @@ def query_gradients(
                     added = 0.0
                 tile_k = _load(
                     k + begin64 * KN, columns[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
-                    D, BD, (stage == 1) and (not ALIVE),
+                    D, BD, FULL or (stage == 1),
                 )  # fmt: skip
                 tile_v = _load(
                     v + begin64 * VN, columns[None, :] * VN, tl.arange(0, BDV)[:, None], alive[None, :],
-                    DV, BDV, (stage == 1) and (not ALIVE),
+                    DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
                 s, capped = _tile(
-                    s, keys[None, :] - rows[:, None], low, high, q_id[:, None], kv_id[None, :], alive[None, :], seen,
-                    added, factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS, (stage != 1) or ALIVE, MASK, BIAS, SOFTCAP,
-                    PRECISE,
+                    s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
+                    alive[None, :], seen, added, factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS and (stage != 1),
+                    (stage != 1) and not FULL, MASK, BIAS, SOFTCAP, PRECISE,
                 )  # fmt: skip
                 p = _exp(s - m, BASE2)  # times 1 / total at the end, unless m has it
                 dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
@@ -707,7 +748,7 @@ def query_gradients(
 
 @triton.jit
 def key_gradients(
-    q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, queries_from, queries_to,
+    q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, bounds,
     dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
     mb, mh, mi, bb, bh, bi, offset, left, right, factor, cap, kept, scale, dk, dv,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
@@ -728,7 +769,7 @@ def key_gradients(
     columns, local = tl.arange(0, BN), tl.arange(0, BM)
     i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
     low, high = _reach(q_offset, b, offset, left, right, OFFSET)
-    keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, first, J, j_end, BN, ALIVE, SEGMENTS)
+    keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, first, J, j_end, BN, G, EVEN_KEYS, ALIVE, SEGMENTS)
 
     most = _blocks_up(i_end, BM)
     start, stop = tl.full((), 0, tl.int32), most
@@ -740,9 +781,12 @@ def key_gradients(
         stop = tl.minimum(stop, _blocks_up(first + BN - low, BM))
         whole_to = tl.minimum(whole_to, _blocks(first - low + 1, BM))
     if SEGMENTS:
-        some_from, some_to = _hull(queries_from, queries_to, b, block, tl.cdiv(J, G), BN // G)
+        groups, others = tl.cdiv(J, G), tl.cdiv(I, G)
+        some_from, some_to, same_from, same_to = _hull(bounds, b * (groups + others) + others, block, groups, BN // G)
         start = tl.maximum(start, some_from // (BM // G))
         stop = tl.minimum(stop, (some_to + BM // G - 1) // (BM // G))
+        whole_from = tl.maximum(whole_from, (same_from + BM // G - 1) // (BM // G))
+        whole_to = tl.minimum(whole_to, same_to // (BM // G))
     if ALIVE:
         stop = tl.where(tl.max(alive.to(tl.int32), 0) > 0, stop, 0)
     if KV_LENGTHS:
@@ -765,7 +809,7 @@ def key_gradients(
         base_mask = mask + (b64 * mb + h64 * mh) * MASK_UNIT + first64 * MJ
         base_bias = bias + (b64 * bb + h64 * bh) * BIAS_UNIT + first64 * BJ
         for stage in tl.static_range(3):  # blocks cut on the right, whole blocks, blocks cut on the left
-            if (stage == 1) or ((stage == 0) and RIGHT) or ((stage == 2) and LEFT):
+            if (stage == 1) or ((stage == 0) and (RIGHT or SEGMENTS)) or ((stage == 2) and (LEFT or SEGMENTS)):
                 from_block = start if stage == 0 else (whole_from if stage == 1 else whole_to)
                 to_block = whole_from if stage == 0 else (whole_to if stage == 1 else stop)
                 for turn in range(from_block, to_block):
@@ -797,11 +841,11 @@ def key_gradients(
                     )  # fmt: skip
                     m, slope, one = _known(known, of_head + rows)
                     s = _dot(tile_k, tile_q, tl.zeros((BN, BM), tl.float32), WIDEN)
-                    q_id = _rows_ids(q_ids, b64, rows, I, SEGMENTS)
-                    s, capped = _tile(
-                        s, keys[:, None] - rows[None, :], low, high, q_id[None, :], kv_id[:, None], alive[:, None],
-                        seen, added, factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS, ALIVE, MASK, BIAS, SOFTCAP,
-                        PRECISE,
+                    q_id = _rows_ids(q_ids, b64, rows, I, EVEN, SEGMENTS and (stage != 1))
+                    s, capped = _tile(  # what a key gets that is not alive is thrown away at the end
+                        s, rows[None, :], keys[:, None] - high, keys[:, None] - low, q_id[None, :], kv_id[:, None],
+                        alive[:, None], seen, added, factor, cap, stage != 1, RIGHT, LEFT, SEGMENTS and (stage != 1),
+                        False, MASK, BIAS, SOFTCAP, PRECISE,
                     )  # fmt: skip
                     p = _exp(s - m[None, :], BASE2)
                     if not BASE2:
@@ -836,9 +880,9 @@ def bias_gradients(
     dout, known, B, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
     mb, mh, mi, bb, bh, bi, offset, left, right, factor, cap, kept, dbias,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr, DON: tl.constexpr,
-    MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr, LEFT: tl.constexpr,
-    RIGHT: tl.constexpr, OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
+    DON: tl.constexpr, MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, ALIVE: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
     EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, ALL_B: tl.constexpr, ALL_H: tl.constexpr,
     ALL_I: tl.constexpr, ALL_J: tl.constexpr,
@@ -872,7 +916,7 @@ def bias_gradients(
         rows = first_i + local
         alive_rows = (rows < i_end)[:, None]
         of_row = (b64 * H + h64) * P + rows
-        keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, first_j, J, j_end, BN, ALIVE, SEGMENTS)
+        keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, first_j, J, j_end, BN, G, EVEN_KEYS, ALIVE, SEGMENTS)
         added = _pairs(
             bias + (b64 * bb + h64 * bh + i64 * bi) * BIAS_UNIT + j64 * BJ, local[:, None] * bi * BIAS_UNIT,
             columns[None, :] * BJ, (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS,
@@ -901,10 +945,10 @@ def bias_gradients(
             alive[None, :], DV, BDV, False,
         )  # fmt: skip
         s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-        q_id = _rows_ids(q_ids, b64, rows, I, SEGMENTS)
+        q_id = _rows_ids(q_ids, b64, rows, I, False, SEGMENTS)
         s, _ = _tile(
-            s, keys[None, :] - rows[:, None], low, high, q_id[:, None], kv_id[None, :], alive[None, :], seen, added,
-            factor, cap, True, LEFT, RIGHT, SEGMENTS, True, MASK, True, SOFTCAP, PRECISE,
+            s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :], alive[None, :],
+            seen, added, factor, cap, True, LEFT, RIGHT, SEGMENTS, True, MASK, True, SOFTCAP, PRECISE,
         )  # fmt: skip
         m, slope, one = _known(known, of_row)
         p = _exp(s - m[:, None], False) * one[:, None]
@@ -931,30 +975,43 @@ def bias_gradients(
         tl.store(base + places, acc.to(dbias.dtype.element_ty), mask=inside)
 
 
-# What is not visited: bounds from segments, and the list of blocks that have a key at all. G rows or keys at a time.
+# What is not visited, and what is whole: bounds from segments, and the list of blocks that have a key at all. G rows or
+# keys at a time.
+
+
+@triton.jit
+def _range(ids, inside):
+    """The lowest and the highest of the ids; of none low > high."""
+    return (
+        tl.min(tl.where(inside, ids, 0x7FFFFFFFFFFFFFFF), 0),
+        tl.max(tl.where(inside, ids, -0x7FFFFFFFFFFFFFFF), 0),
+    )
 
 
 @triton.jit
 def query_ranges(q_ids, q_lengths, I, low_id, high_id, Q_LENGTHS: tl.constexpr, G: tl.constexpr):
-    """The lowest and highest segment id of each G queries; none has low > high."""
+    """The lowest and highest segment id of each G queries."""
     block, b = tl.program_id(0), tl.program_id(1)
     rows = block * G + tl.arange(0, G)
     inside = rows < _length(q_lengths, b, I, Q_LENGTHS)
-    ids = tl.load(q_ids + b.to(tl.int64) * I + rows, mask=inside, other=0).to(tl.int64)
-    place = b * tl.num_programs(0) + block
-    tl.store(low_id + place, tl.min(tl.where(inside, ids, 0x7FFFFFFFFFFFFFFF), 0))
-    tl.store(high_id + place, tl.max(tl.where(inside, ids, -0x7FFFFFFFFFFFFFFF), 0))
+    low, high = _range(tl.load(q_ids + b.to(tl.int64) * I + rows, mask=inside, other=0).to(tl.int64), inside)
+    blocks = tl.cdiv(I, G)
+    tl.store(low_id + b * blocks + block, low, mask=block < blocks)
+    tl.store(high_id + b * blocks + block, high, mask=block < blocks)
 
 
 @triton.jit
 def key_ranges(
     mask, q_ids, kv_ids, q_lengths, kv_lengths, q_low, q_high, I, J, mb, mj, alive_keys, live, low_id, high_id,
+    made_low, made_high,
     MASK: tl.constexpr, SEGMENTS: tl.constexpr, SEARCH: tl.constexpr, Q_LENGTHS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """Which keys a query of the item may see, as far as key mask, length and segment say; and as `query_ranges`.
+    """Which keys a query of the item may see, as far as key mask, length and segment say, a bit each; whether some (1)
+    or all (2) of each G keys are such; and the lowest and highest id of these.
 
-    SEARCH: a key whose segment no query has is none. The search stops when every key of the block is found.
+    SEARCH: a key whose segment no query has is none. The search stops when every key of the block is found. Where there
+    is no search this does what `query_ranges` does as well.
     """
     block, b = tl.program_id(0), tl.program_id(1)
     b64 = b.to(tl.int64)
@@ -962,11 +1019,11 @@ def key_ranges(
     alive = keys < _length(kv_lengths, b, J, KV_LENGTHS)
     if MASK:
         alive &= tl.load(mask + b64 * mb + keys * mj, mask=alive, other=0) != 0
-    place = b * tl.num_programs(0) + block
+    groups = tl.cdiv(J, G)
+    place, there = b * groups + block, block < groups
     if SEGMENTS:
         ids = tl.load(kv_ids + b64 * J + keys, mask=alive, other=0).to(tl.int64)
-        low = tl.min(tl.where(alive, ids, 0x7FFFFFFFFFFFFFFF), 0)
-        high = tl.max(tl.where(alive, ids, -0x7FFFFFFFFFFFFFFF), 0)
+        low, high = _range(ids, alive)
         if SEARCH:
             i_end = _length(q_lengths, b, I, Q_LENGTHS)
             blocks, turn = tl.cdiv(I, G), 0
@@ -982,44 +1039,89 @@ def key_ranges(
                     missing = tl.max(tl.where(alive, 1 - found, 0), 0)
                 turn += 1
             alive &= found > 0
-            low = tl.min(tl.where(alive, ids, 0x7FFFFFFFFFFFFFFF), 0)
-            high = tl.max(tl.where(alive, ids, -0x7FFFFFFFFFFFFFFF), 0)
-        tl.store(low_id + place, low)
-        tl.store(high_id + place, high)
-    tl.store(alive_keys + b64 * J + keys, alive.to(tl.uint8), mask=keys < J)
-    tl.store(live + place, tl.max(alive.to(tl.int32), 0))
+            low, high = _range(ids, alive)
+        else:
+            query_ranges(q_ids, q_lengths, I, made_low, made_high, Q_LENGTHS, G)
+        tl.store(low_id + place, low, mask=there)
+        tl.store(high_id + place, high, mask=there)
+    WORD: tl.constexpr = 32 if G > 32 else G
+    words = tl.sum(tl.reshape(alive.to(tl.int32), (G // WORD, WORD)) << tl.arange(0, WORD)[None, :], 1)
+    n = block * (G // WORD) + tl.arange(0, G // WORD)
+    tl.store(alive_keys + b64 * tl.cdiv(J, WORD) + n, words, mask=n < tl.cdiv(J, WORD))
+    tl.store(live + place, tl.max(alive.to(tl.int32), 0) + tl.min(alive.to(tl.int32), 0), mask=there)
 
 
 @triton.jit
-def overlaps(low_id, high_id, other_low, other_high, others, first, end, BLOCK: tl.constexpr):
-    """From the first to behind the last block of the others whose range of ids meets that of each block."""
-    block, b = tl.program_id(0), tl.program_id(1)
-    place = b * tl.num_programs(0) + block
-    low, high = tl.load(low_id + place), tl.load(high_id + place)
+def _first_run(run_from, run_to, n, good):
+    """The first run of good among the numbers that came before, in order, and those of n; open where run_to is FAR."""
+    run_from = tl.minimum(run_from, tl.min(tl.where(good, n, FAR), 0))
+    return run_from, tl.minimum(run_to, tl.min(tl.where((n > run_from) & (good == 0), n, FAR), 0))
+
+
+@triton.jit
+def _overlap(low, high, other_low, other_high, live, others, bounds, BLOCK: tl.constexpr, KEYS: tl.constexpr):
     least, most = tl.full((BLOCK,), 2147483647, tl.int32), tl.zeros((BLOCK,), tl.int32)
+    same_from, same_to = tl.full((), 0, tl.int32) + FAR, tl.full((), 0, tl.int32) + FAR
     for turn in range(tl.cdiv(others, BLOCK)):
         n = turn * BLOCK + tl.arange(0, BLOCK)
         inside = n < others
-        meets = tl.load(other_low + b * others + n, mask=inside, other=0x7FFFFFFFFFFFFFFF) <= high
-        meets &= (tl.load(other_high + b * others + n, mask=inside, other=-0x7FFFFFFFFFFFFFFF) >= low) & inside
+        their_low = tl.load(other_low + n, mask=inside, other=0x7FFFFFFFFFFFFFFF)
+        their_high = tl.load(other_high + n, mask=inside, other=-0x7FFFFFFFFFFFFFFF)
+        meets = (their_low <= high) & (their_high >= low) & inside
         least, most = tl.where(meets, tl.minimum(least, n), least), tl.where(meets, n + 1, most)
-    tl.store(first + place, tl.min(least, 0))
-    tl.store(end + place, tl.max(most, 0))
+        same = (their_low == low) & (their_high == high) & (low == high) & inside
+        if KEYS:
+            same &= tl.load(live + n, mask=inside, other=0) == 2
+        same_from, same_to = _first_run(same_from, same_to, n, same)
+    nobody = low > high  # whom nothing cuts
+    tl.store(bounds, tl.min(least, 0))
+    tl.store(bounds + 1, tl.max(most, 0))
+    tl.store(bounds + 2, tl.where(nobody, 0, same_from))
+    tl.store(bounds + 3, tl.where(nobody, FAR, tl.minimum(same_to, others)))
+
+
+@triton.jit
+def overlaps(q_low, q_high, k_low, k_high, live, queries, keys, bounds, BLOCK: tl.constexpr):
+    """For each group of queries, and then of keys: from the first to behind the last group of the other side whose
+    range of ids meets its own, and the first run of groups that have its one id and no other. (b, groups, 4).
+
+    In a run all keys are alive; a group of keys need not be: what those get that are not is thrown away.
+    """
+    group, b = tl.program_id(0), tl.program_id(1)
+    bounds += (b * (queries + keys) + group) * 4
+    q_low += b * queries
+    q_high += b * queries
+    k_low += b * keys
+    k_high += b * keys
+    if group < queries:
+        low, high = tl.load(q_low + group), tl.load(q_high + group)
+        _overlap(low, high, k_low, k_high, live + b * keys, keys, bounds, BLOCK, True)
+    else:
+        low, high = tl.load(k_low + group - queries), tl.load(k_high + group - queries)
+        _overlap(low, high, q_low, q_high, live, queries, bounds, BLOCK, False)
 
 
 @triton.jit
 def list_blocks(live, groups, blocks, listed, before, RATIO: tl.constexpr, BLOCK: tl.constexpr):
-    """The blocks of RATIO groups that have a key, in order; and how many of them lie before each block."""
+    """The blocks of RATIO groups that have a key, in order; and how many of them lie before each block and before the
+    end, followed by where the first run of blocks whose keys are all alive begins and ends.
+    """
     b = tl.program_id(0)
+    before += b * (blocks + 3)
     count = tl.full((), 0, tl.int32)
-    tl.store(before + b * (blocks + 1), count)
+    whole_from, whole_to = count + FAR, count + FAR
+    tl.store(before, count)
     for turn in range(tl.cdiv(blocks, BLOCK)):
         n = turn * BLOCK + tl.arange(0, BLOCK)
-        some = tl.zeros((BLOCK,), tl.int32)
+        some, least = tl.zeros((BLOCK,), tl.int32), tl.full((BLOCK,), 2, tl.int32)
         for part in tl.static_range(RATIO):
             group = n * RATIO + part
-            some = tl.maximum(some, tl.load(live + b * groups + group, mask=(group < groups) & (n < blocks), other=0))
+            found = tl.load(live + b * groups + group, mask=(group < groups) & (n < blocks), other=0)
+            some, least = tl.maximum(some, tl.minimum(found, 1)), tl.minimum(least, found)
+        whole_from, whole_to = _first_run(whole_from, whole_to, n, least == 2)
         upto = count + tl.cumsum(some, 0)
-        tl.store(before + b * (blocks + 1) + 1 + n, upto, mask=n < blocks)
+        tl.store(before + 1 + n, upto, mask=n < blocks)
         tl.store(listed + b * blocks + upto - 1, n, mask=some > 0)
         count += tl.sum(some, 0)
+    tl.store(before + blocks + 1, whole_from)
+    tl.store(before + blocks + 2, tl.minimum(whole_to, blocks))

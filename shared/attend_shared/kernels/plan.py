@@ -130,6 +130,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, overlaps and list_blocks
 MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
+BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
 PROGRAMS = 8 * 132  # that fill a GPU
 PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
@@ -205,47 +206,45 @@ def _ahead(call: Call, layout: Layout) -> Ahead:
     return Ahead(group, call.segments, searched, searched or call.key_masked)
 
 
-def _bounds(call: Call, layout: Layout, ahead: Ahead, size: int, back: bool) -> list[Launch]:
-    """The launches that find out what is not visited, blocks of keys having this size; on the way back for keys too."""
+def _bounds(call: Call, layout: Layout, ahead: Ahead, size: int) -> list[Launch]:
+    """The launches that find out what is not visited and what is whole, blocks of keys having this size."""
     if not (ahead.ranged or ahead.listed):
         return []
     b, g = call.b, ahead.group
     rows, keys = _cdiv(call.i, g), _cdiv(call.j, g)
-    lengths = {"Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths}
     q_lengths = "q_lengths" if call.q_lengths else None
-    kv_lengths = "kv_lengths" if call.kv_lengths else None
     ids_of = ("q_segment_ids", "kv_segment_ids") if call.segments else (None, None)
-    ids = "int64"
+    q_ranges = (Output("q_low", (b, rows), "int64"), Output("q_high", (b, rows), "int64"))
+    unused = (Output("unused", (1,), "int64", False),) * 2
     launches = []
-    if ahead.ranged:
+    if ahead.searched:
         launches.append(Launch(
-            "query_ranges", (rows, b, 1), ("q_segment_ids", q_lengths), (call.i,),
-            (Output("q_low", (b, rows), ids), Output("q_high", (b, rows), ids)),
+            "query_ranges", (rows, b, 1), ("q_segment_ids", q_lengths), (call.i,), q_ranges,
             {"Q_LENGTHS": call.q_lengths, "G": g}, 4, 1,
         ))  # fmt: skip
     mask = layout.mask if call.key_masked and layout.mask is not None else (0, 0, 0, 0)
-    q_ranges = ("q_low", "q_high") if ahead.ranged else (None, None)
+    together = ahead.ranged and not ahead.searched
     launches.append(Launch(
-        "key_ranges", (keys, b, 1),
-        ("mask" if call.key_masked else None, *ids_of, q_lengths, kv_lengths, *q_ranges),
+        "key_ranges", (max(rows, keys) if together else keys, b, 1),
+        ("mask" if call.key_masked else None, *ids_of, q_lengths, "kv_lengths" if call.kv_lengths else None,
+         *(("q_low", "q_high") if ahead.searched else (None, None))),
         (call.i, call.j, mask[0], mask[3]),
-        (Output("alive", (b, call.j), "uint8"), Output("live", (b, keys), "int32"),
-         Output("k_low", (b, keys), ids), Output("k_high", (b, keys), ids)),
-        {"MASK": call.key_masked, "SEGMENTS": call.segments, "SEARCH": ahead.searched, **lengths, "G": g}, 4, 1,
+        (Output("alive", (b, _cdiv(call.j, min(32, g))), "int32"), Output("live", (b, keys), "int32"),
+         Output("k_low", (b, keys), "int64"), Output("k_high", (b, keys), "int64"),
+         *(q_ranges if together else unused)),
+        {"MASK": call.key_masked, "SEGMENTS": call.segments, "SEARCH": ahead.searched, "Q_LENGTHS": call.q_lengths,
+         "KV_LENGTHS": call.kv_lengths, "G": g}, 4, 1,
     ))  # fmt: skip
     if ahead.ranged:
-        for name, ours, others, at in (("keys", "q", "k", rows), ("queries", "k", "q", keys))[: 1 + back]:
-            launches.append(Launch(
-                "overlaps", (at, b, 1), (f"{ours}_low", f"{ours}_high", f"{others}_low", f"{others}_high"),
-                (keys if name == "keys" else rows,),
-                (Output(f"{name}_from", (b, at), "int32"), Output(f"{name}_to", (b, at), "int32")),
-                {"BLOCK": MANY}, 4, 1,
-            ))  # fmt: skip
+        launches.append(Launch(
+            "overlaps", (rows + keys, b, 1), ("q_low", "q_high", "k_low", "k_high", "live"), (rows, keys),
+            (Output("bounds", (b, rows + keys, 4), "int32"),), {"BLOCK": MANY}, 4, 1,
+        ))  # fmt: skip
     if ahead.listed:
         blocks = _cdiv(call.j, size)
         launches.append(Launch(
             "list_blocks", (b, 1, 1), ("live",), (keys, blocks),
-            (Output("listed", (b, blocks), "int32"), Output("before", (b, blocks + 1), "int32")),
+            (Output("listed", (b, blocks), "int32"), Output("before", (b, blocks + 3), "int32")),
             {"RATIO": size // g, "BLOCK": MANY}, 4, 1,
         ))  # fmt: skip
     return launches
@@ -256,12 +255,15 @@ class Plan(NamedTuple):
 
     Attributes:
         forward: gives "out", "lse", and what the way back takes of it: "top", "inverse" and "exact".
+        bounds: names of what it found out about what is not visited, which the way back finds out anew or is given.
         backward: takes all those, "dout" and "dlse", and gives "dq", "dk", "dv", and "dbias" and "dsinks" where asked
-            for; a function of the strides of dout, and of whether dbias is wanted and whether there is a dlse.
+            for; a function of the strides of dout, and of whether dbias is wanted, whether there is a dlse, and whether
+            it is given the bounds.
     """
 
     forward: tuple[Launch, ...]
-    backward: Callable[[Strides, bool, bool], tuple[Launch, ...]]
+    bounds: tuple[str, ...]
+    backward: Callable[[Strides, bool, bool, bool], tuple[Launch, ...]]
 
 
 @lru_cache(maxsize=4096)
@@ -279,7 +281,9 @@ def plan(call: Call, layout: Layout) -> Plan:
     size = tile("split" if split else "forward", call, layout.little)
     if split:
         size = size._replace(queries=_padded(h // hk * i))
-    launches = _bounds(call, layout, ahead, size.keys, False)
+    launches = _bounds(call, layout, ahead, size.keys)
+    again = tile("query_gradients", call, layout.little).keys
+    bounds = BOUNDS if launches and (size.keys == again or not ahead.listed) else ()
     plain = shared.base2 and not call.sinks
     results = (
         Output("out", shared.shape(h, i, call.dv), call.dtype), Output("lse", (b, h, i), "float32"),
@@ -311,10 +315,12 @@ def plan(call: Call, layout: Layout) -> Plan:
         ))  # fmt: skip
 
     @lru_cache(maxsize=64)
-    def backward(dout: Strides, wants_bias: bool, has_dlse: bool) -> tuple[Launch, ...]:
-        return _backward(call, layout, ahead, shared, dout, wants_bias, has_dlse)
+    def backward(dout: Strides, wants_bias: bool, has_dlse: bool, has_bounds: bool) -> tuple[Launch, ...]:
+        found = [] if has_bounds else _bounds(call, layout, ahead, again)
+        return *found, *_backward(call, layout, ahead, shared, dout, wants_bias, has_dlse)
 
-    return Plan(tuple(launches), backward)
+    made = {output.name for launch in launches for output in launch.outputs}
+    return Plan(tuple(launches), tuple(name for name in bounds if name in made), backward)
 
 
 class _Shared:
@@ -359,7 +365,12 @@ class _Shared:
     def lists(self) -> tuple[str | None, ...]:
         """What says which blocks of keys are visited."""
         listed = ("listed", "before") if self.ahead.listed else (None, None)
-        return *listed, *(("keys_from", "keys_to") if self.ahead.ranged else (None, None))
+        return *listed, *self.bounds
+
+    @property
+    def bounds(self) -> tuple[str | None]:
+        """What says where segments meet."""
+        return ("bounds" if self.ahead.ranged else None,)
 
     def constants(self, size: Tile, even: bool) -> dict[str, Any]:
         """But for those that not all of the larger kernels have."""
@@ -404,7 +415,7 @@ def _backward(
         {"DV": dv, "BDV": _padded(dv), "BM": ROWS, "UNIT": unit, "DON": dout[2], "BNHD": shared.bnhd,
          "Q_LENGTHS": call.q_lengths, "LSE": has_dlse, "SINKS": call.sinks is not None, "BASE2": shared.base2}, 4, 1,
     )  # fmt: skip
-    launches = [*_bounds(call, layout, ahead, tile("query_gradients", call, layout.little).keys, True), sums]
+    launches = [sums]
     if call.sinks is not None:
         launches.append(Launch(
             "sum_sinks", (h, 1, 1), ("partial",), (h, b, blocks), (Output("dsinks", (h,), call.sinks),),
@@ -423,9 +434,8 @@ def _backward(
     ))  # fmt: skip
     size = tile("key_gradients", call, layout.little)
     constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths) | more
-    ranges = ("queries_from", "queries_to") if ahead.ranged else (None, None)
     launches.append(Launch(
-        "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *ranges, *saved),
+        "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *shared.bounds, *saved),
         (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
         (Output("dk", shared.shape(hk, j, d), call.dtype), Output("dv", shared.shape(hk, j, dv), call.dtype)),
         constants | {"BNHD": shared.bnhd}, size.warps, size.stages,
@@ -436,7 +446,7 @@ def _backward(
         grid = (_cdiv(j, size.keys) if full_j else 1, _cdiv(i, size.queries) if full_i else 1,
                 (b if full_b else 1) * (h if full_h else 1))  # fmt: skip
         constants = shared.constants(size, False) | more
-        constants = {name: x for name, x in constants.items() if name not in ("G", "BIAS", "BASE2", "EVEN")}
+        constants = {name: x for name, x in constants.items() if name not in ("BIAS", "BASE2", "EVEN")}
         launches.append(Launch(
             "bias_gradients", grid, (*base, *saved), (b, h, i, j, rows, *qkv, *shared.pairs, *shared.rest),
             (Output("dbias", call.bias, call.bias_dtype),),
