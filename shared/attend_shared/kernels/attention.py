@@ -1005,13 +1005,14 @@ def key_ranges(
     mask, q_ids, kv_ids, q_lengths, kv_lengths, q_low, q_high, I, J, mb, mj, alive_keys, live, low_id, high_id,
     made_low, made_high,
     MASK: tl.constexpr, SEGMENTS: tl.constexpr, SEARCH: tl.constexpr, Q_LENGTHS: tl.constexpr,
-    KV_LENGTHS: tl.constexpr, G: tl.constexpr,
+    KV_LENGTHS: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Which keys a query of the item may see, as far as key mask, length and segment say, a bit each; whether some (1)
     or all (2) of each G keys are such; and the lowest and highest id of these.
 
-    SEARCH: a key whose segment no query has is none. The search stops when every key of the block is found. Where there
-    is no search this does what `query_ranges` does as well.
+    SEARCH: a key whose segment no query has is none. The search goes over ranges of queries, BLOCK at a time, looks
+    into those that meet the range of the keys, and stops when every key is found. Where there is no search, this does
+    what `query_ranges` does as well.
     """
     block, b = tl.program_id(0), tl.program_id(1)
     b64 = b.to(tl.int64)
@@ -1026,18 +1027,22 @@ def key_ranges(
         low, high = _range(ids, alive)
         if SEARCH:
             i_end = _length(q_lengths, b, I, Q_LENGTHS)
-            blocks, turn = tl.cdiv(I, G), 0
+            blocks, turn = tl.cdiv(I, G), tl.full((), 0, tl.int32)
             found = tl.zeros((G,), tl.int32)
             missing = tl.max(alive.to(tl.int32), 0)
             while (turn < blocks) & (missing > 0):
-                near = (tl.load(q_low + b * blocks + turn) <= high) & (tl.load(q_high + b * blocks + turn) >= low)
-                if near:
-                    rows = turn * G + tl.arange(0, G)
+                n = turn + tl.arange(0, BLOCK)
+                inside = n < blocks
+                near = (tl.load(q_low + b * blocks + n, mask=inside, other=0) <= high) & inside
+                near &= tl.load(q_high + b * blocks + n, mask=inside, other=0) >= low
+                hit = tl.min(tl.where(near, n, FAR), 0)
+                turn = tl.minimum(turn + BLOCK, hit + 1)
+                if hit < FAR:
+                    rows = hit * G + tl.arange(0, G)
                     others = tl.load(q_ids + b64 * I + rows, mask=rows < i_end, other=0).to(tl.int64)
                     equal = (ids[:, None] == others[None, :]) & (rows < i_end)[None, :]
                     found = tl.maximum(found, tl.max(equal.to(tl.int32), 1))
                     missing = tl.max(tl.where(alive, 1 - found, 0), 0)
-                turn += 1
             alive &= found > 0
             low, high = _range(ids, alive)
         else:

@@ -128,7 +128,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("split", 4, 256): Tile(16, 16, 4, 2),
 }
 ROWS = 64  # at a time, in row_sums
-MANY = 256  # at a time, in sum_sinks, overlaps and list_blocks
+MANY = 256  # at a time, in sum_sinks, key_ranges, overlaps and list_blocks
 MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
@@ -233,7 +233,7 @@ def _bounds(call: Call, layout: Layout, ahead: Ahead, size: int) -> list[Launch]
          Output("k_low", (b, keys), "int64"), Output("k_high", (b, keys), "int64"),
          *(q_ranges if together else unused)),
         {"MASK": call.key_masked, "SEGMENTS": call.segments, "SEARCH": ahead.searched, "Q_LENGTHS": call.q_lengths,
-         "KV_LENGTHS": call.kv_lengths, "G": g}, 4, 1,
+         "KV_LENGTHS": call.kv_lengths, "G": g, "BLOCK": MANY}, 4, 1,
     ))  # fmt: skip
     if ahead.ranged:
         launches.append(Launch(
