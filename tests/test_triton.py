@@ -105,8 +105,10 @@ def test_what_the_interpreter_is_not_needed_for() -> None:
     found = interpret("torch")
     assert found.pop("second derivative").startswith("triton has first derivatives only")
     assert found == dict.fromkeys(found, "ok")
-    assert set(found) == {"vmap", "compiled", "compiled gradients", "expanded", "last axis not contiguous", "traced",
-                          "fake tensors", "operator"}  # fmt: skip
+    assert set(found) == {
+        "vmap", "compiled", "compiled gradients", "expanded", "last axis not contiguous", "traced", "fake tensors",
+        "operator", "dk and dv in two passes",
+    }  # fmt: skip
 
 
 def call_of(call: Call | None = None, **options: Any) -> Call:

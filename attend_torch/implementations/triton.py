@@ -172,7 +172,7 @@ class _Kernel:
         self.kernel = getattr(attention, launch.kernel)
         self.given = tuple({name: None for name in launch.inputs if name is not None})
         self.made = tuple((x.name, x.shape, getattr(torch, x.dtype)) for x in launch.outputs if x.used)
-        self.names = tuple(x.name if x.used else launch.outputs[0].name for x in launch.outputs)
+        self.names = tuple(x.name if x.used else self.made[0][0] for x in launch.outputs)
         self.constants = tuple(launch.constants[name] for name in self.kernel.arg_names if name in launch.constants)
         self.order = tuple(-1 if name is None else self.given.index(name) for name in launch.inputs)
         self.compiled: dict[tuple, Any] = {}

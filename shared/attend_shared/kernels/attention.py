@@ -758,8 +758,12 @@ def key_gradients(
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
     ALIVE: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
     BASE2: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys, over the heads that read it and the blocks of queries that see it."""
+    """dk and dv of a block of keys, over the heads that read it and the blocks of queries that see it.
+
+    KEYS, VALUES: whether dk and dv are made: where rows are long the sums of both fill more registers than there are.
+    """
     block, n = tl.program_id(0), tl.program_id(1)
     HK = H // GROUP
     b, hk = n // HK, n % HK
@@ -796,10 +800,11 @@ def key_gradients(
     k += (b64 * kb + hk64 * kh) * UNIT + first64 * KN
     v += (b64 * vb + hk64 * vh) * UNIT + first64 * VN
     tile_k = _load(k, columns[:, None] * KN, tl.arange(0, BD)[None, :], alive[:, None], D, BD, False)
-    tile_v = _load(v, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None], DV, BDV, False)
-
-    sum_k = tl.zeros((BN, BD), tl.float32)
-    sum_v = tl.zeros((BN, BDV), tl.float32)
+    if KEYS:
+        tile_v = _load(v, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None], DV, BDV, False)
+        sum_k = tl.zeros((BN, BD), tl.float32)
+    if VALUES:
+        sum_v = tl.zeros((BN, BDV), tl.float32)
     for member in range(GROUP):
         h = hk * GROUP + member
         h64 = h.to(tl.int64)
@@ -850,28 +855,36 @@ def key_gradients(
                     p = _exp(s - m[None, :], BASE2)
                     if not BASE2:
                         p *= one[None, :]
-                    dp = _dot(tile_v, tl.trans(tile_do), tl.zeros((BN, BM), tl.float32), WIDEN)
+                    if KEYS:
+                        dp = _dot(tile_v, tl.trans(tile_do), tl.zeros((BN, BM), tl.float32), WIDEN)
                     dropped = p
                     if THRESHOLD:
                         quads = first // 4 + tl.arange(0, BN // 4)
                         keep = _keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, True)
                         dropped = tl.where(keep, p, 0.0)
-                        dp = tl.where(keep, dp, 0.0)
-                    sum_v = _dot(dropped.to(v.dtype.element_ty), tile_do, sum_v, WIDEN)
-                    ds = p * (dp - slope[None, :])
-                    if SOFTCAP:
-                        ds *= 1 - capped * capped
-                    sum_k = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_q), sum_k, WIDEN)
+                        if KEYS:
+                            dp = tl.where(keep, dp, 0.0)
+                    if VALUES:
+                        sum_v = _dot(dropped.to(v.dtype.element_ty), tile_do, sum_v, WIDEN)
+                    if KEYS:
+                        ds = p * (dp - slope[None, :])
+                        if SOFTCAP:
+                            ds *= 1 - capped * capped
+                        sum_k = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_q), sum_k, WIDEN)
 
-    sum_k = tl.where(alive[:, None], sum_k * (scale * kept), 0.0)
-    sum_v = tl.where(alive[:, None], sum_v * kept, 0.0)
-    stride_k, stride_v = HK * D if BNHD else D, HK * DV if BNHD else DV
-    dk += (b64 * J * HK + hk64) * D + first64 * stride_k if BNHD else (n.to(tl.int64) * J + first64) * D
-    dv += (b64 * J * HK + hk64) * DV + first64 * stride_v if BNHD else (n.to(tl.int64) * J + first64) * DV
-    lanes_k, lanes_v = tl.arange(0, BD)[None, :], tl.arange(0, BDV)[None, :]
     inside = (keys < J)[:, None]
-    tl.store(dk + columns[:, None] * stride_k + lanes_k, sum_k.to(dk.dtype.element_ty), mask=inside & (lanes_k < D))
-    tl.store(dv + columns[:, None] * stride_v + lanes_v, sum_v.to(dv.dtype.element_ty), mask=inside & (lanes_v < DV))
+    if KEYS:
+        sum_k = tl.where(alive[:, None], sum_k * (scale * kept), 0.0)
+        stride_k, lanes_k = HK * D if BNHD else D, tl.arange(0, BD)[None, :]
+        dk += (b64 * J * HK + hk64) * D + first64 * stride_k if BNHD else (n.to(tl.int64) * J + first64) * D
+        places = dk + columns[:, None] * stride_k + lanes_k
+        tl.store(places, sum_k.to(dk.dtype.element_ty), mask=inside & (lanes_k < D))
+    if VALUES:
+        sum_v = tl.where(alive[:, None], sum_v * kept, 0.0)
+        stride_v, lanes_v = HK * DV if BNHD else DV, tl.arange(0, BDV)[None, :]
+        dv += (b64 * J * HK + hk64) * DV + first64 * stride_v if BNHD else (n.to(tl.int64) * J + first64) * DV
+        places = dv + columns[:, None] * stride_v + lanes_v
+        tl.store(places, sum_v.to(dv.dtype.element_ty), mask=inside & (lanes_v < DV))
 
 
 @triton.jit

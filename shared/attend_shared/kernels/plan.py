@@ -100,10 +100,11 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("forward", 2, 256): Tile(128, 64, 8, 2),
     ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("query_gradients", 2, 128): Tile(128, 64, 8, 3),
-    ("query_gradients", 2, 256): Tile(64, 32, 4, 1),
+    ("query_gradients", 2, 256): Tile(128, 64, 8, 1),
     ("key_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("key_gradients", 2, 128): Tile(64, 64, 4, 2),
-    ("key_gradients", 2, 256): Tile(32, 64, 8, 2),
+    ("key_gradients", 2, 256): Tile(32, 128, 8, 2),  # dk alone
+    ("value_gradients", 2, 256): Tile(64, 128, 8, 2),
     ("bias_gradients", 2, 64): Tile(64, 64, 4, 2),
     ("bias_gradients", 2, 128): Tile(64, 64, 8, 2),
     ("bias_gradients", 2, 256): Tile(64, 32, 8, 1),
@@ -178,6 +179,16 @@ def parts(call: Call, little: bool = False) -> int:
     return number if number > 1 else 0
 
 
+def _key_passes(call: Call) -> tuple[tuple[str, bool, bool], ...]:
+    """The passes over queries that make dk and dv: whose tile, and which of the two it makes.
+
+    The sums of both, of rows of 256, fill more registers than there are: in two passes the logits are made twice.
+    """
+    if call.dtype == "float32" or max(_padded(call.d), _padded(call.dv)) < 256:
+        return (("key_gradients", True, True),)
+    return ("value_gradients", False, True), ("key_gradients", True, False)
+
+
 def _exact(call: Call) -> bool:
     """Whether a gradient may be finer than out is, so that the way back needs it as it was before it was rounded."""
     return call.dtype != "float32" and any(name not in (None, call.dtype) for name in (call.bias_dtype, call.sinks))
@@ -200,7 +211,8 @@ class Ahead(NamedTuple):
 
 
 def _ahead(call: Call, layout: Layout) -> Ahead:
-    sizes = [tile(name, call, layout.little) for name in ("forward", "split", "query_gradients", "key_gradients")]
+    names = "forward", "split", "query_gradients", *(name for name, *_ in _key_passes(call))
+    sizes = [tile(name, call, layout.little) for name in names]
     searched = call.segments and (not layout.one_id or call.q_lengths)
     group = min(size for each in sizes for size in each[:2])
     return Ahead(group, call.segments, searched, searched or call.key_masked)
@@ -432,14 +444,17 @@ def _backward(
         (Output("dq", shared.shape(h, i, d), call.dtype),),
         constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages,
     ))  # fmt: skip
-    size = tile("key_gradients", call, layout.little)
-    constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths) | more
-    launches.append(Launch(
-        "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *shared.bounds, *saved),
-        (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
-        (Output("dk", shared.shape(hk, j, d), call.dtype), Output("dv", shared.shape(hk, j, dv), call.dtype)),
-        constants | {"BNHD": shared.bnhd}, size.warps, size.stages,
-    ))  # fmt: skip
+    unused = Output("unused", (1,), call.dtype, False)
+    for kernel, keys, values in _key_passes(call):
+        size = tile(kernel, call, layout.little)
+        constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths) | more
+        launches.append(Launch(
+            "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *shared.bounds, *saved),
+            (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
+            (Output("dk", shared.shape(hk, j, d), call.dtype) if keys else unused,
+             Output("dv", shared.shape(hk, j, dv), call.dtype) if values else unused),
+            constants | {"BNHD": shared.bnhd, "KEYS": keys, "VALUES": values}, size.warps, size.stages,
+        ))  # fmt: skip
     if wants_bias and call.bias is not None and call.bias_dtype is not None:
         size = tile("bias_gradients", call, layout.little)
         full_b, full_h, full_i, full_j = (x > 1 for x in call.bias)
