@@ -9,6 +9,7 @@ from attend_shared.avoid import Machine, distributions, processor
 KERNELS = (
     *(f"{name}-cuda{cuda}-{part}" for cuda in (12, 13) for name, part in (("jax", "plugin"), ("jax", "pjrt"))),
     "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "triton", "jax-triton", "fa4-jax", "nvidia-cutlass-dsl",
+    "dew-flash-attn-cu13",
 )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ TABLES = {
     framework: sorted(table(), key=lambda entry: NAMES.index(entry.name))
     for framework, table in (("torch", table_of_torch), ("jax", table_of_jax))
 }
-ON_GPUS = "fa4", "cudnn", "triton", "flex"
+ON_GPUS = "fa4", "fa3", "cudnn", "triton", "flex"
 PLATFORMS = dict.fromkeys(ON_GPUS, ("cuda",))  # of implementations that run on some machines only
 TITLES = {"torch": "PyTorch", "jax": "JAX", "cpu": "CPU", "cuda": "GPU"}
 BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<printed>.*?)```\n)?", re.DOTALL)

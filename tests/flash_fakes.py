@@ -1,4 +1,4 @@
-"""Stand-ins for the packages of FlashAttention-4, for machines that have neither them nor a GPU.
+"""Stand-ins for the packages of FlashAttention, for machines that have neither them nor a GPU.
 
 They take the arguments that the packages take and mean by them what the packages mean, in einsum and float64: causal
 and window are counted from the ends of the used lengths; rows and keys beyond those are read where a tile reads them,
@@ -32,7 +32,8 @@ GARBAGE = float("nan")  # what lies in memory that was not written
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both packages, as if they were installed, and no GPU were needed."""
+    """The packages, as if they were installed, and no GPU were needed."""
+    from attend_jax.implementations import fa3
     from attend_jax.implementations import fa4 as jax_fa4
     from attend_torch.implementations import fa4 as torch_fa4
 
@@ -42,9 +43,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     vars(flash_attn)["cute"], vars(cute)["interface"] = cute, interface
     fa4_jax = ModuleType("fa4_jax")
     vars(fa4_jax).update(flash_attn=flash_attn_jax, flash_attn_varlen=flash_attn_varlen)
-    for module in (flash_attn, cute, interface, fa4_jax):
+    dew_flash_attn = ModuleType("dew_flash_attn")
+    vars(dew_flash_attn).update(_attend_forward=_attend_forward, _attend_backward=_attend_backward)
+    for module in (flash_attn, cute, interface, fa4_jax, dew_flash_attn):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    for ours in (torch_fa4, jax_fa4):
+    for ours in (torch_fa4, jax_fa4, fa3):
         refusal = ours.refusal
         monkeypatch.setattr(ours, "unavailable", lambda: None)
         monkeypatch.setattr(ours, "refusal", lambda call, r=refusal: r(call._replace(platform="cuda")))
@@ -218,3 +221,68 @@ def _jax(q: Any, k: Any, v: Any, window: tuple[int | None, int | None], scale: f
     p = jnp.where(may, p, 0)
     out = jnp.einsum("bhij,bjhd->bihd", p, v, precision="highest")
     return jnp.where(rows, out, 0).astype(dtype)
+
+
+# dew-flash-attn: (b n h d) without lengths; -1 is no bound, and no other bound is negative.
+
+
+def _attend_forward(
+    q: Any, k: Any, v: Any, sinks: Any, starts: None, longest: None, scale: float, causal: bool, window: tuple[int, int]
+) -> tuple[jax.Array, tuple]:
+    assert starts is longest is None
+    s = _scores(q, k, v, scale, causal, window)
+    lse = jax.nn.logsumexp(s, 3)
+    values = jnp.repeat(v.astype(jnp.float32), q.shape[2] // k.shape[2], 2)
+    plain = jnp.einsum("bhij,bjhd->bihd", jnp.exp(s - lse[..., None]), values, precision="highest").astype(q.dtype)
+    return _beside(plain, lse, sinks), (q, k, v, sinks, starts, plain, lse)
+
+
+def _attend_backward(
+    longest: None, scale: float, causal: bool, window: tuple[int, int], kept: tuple, dout: Any
+) -> tuple[Any, ...]:
+    q, k, v, sinks, starts, plain, lse = kept
+    assert dout.dtype == q.dtype == plain.dtype
+    assert plain.shape == dout.shape == q.shape
+    s, group = _scores(q, k, v, scale, causal, window), q.shape[2] // k.shape[2]
+    out = _beside(plain, lse, sinks)
+    if sinks is not None:
+        lse = jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
+    wide = [x.astype(jnp.float32) for x in (q, *(jnp.repeat(x, group, 2) for x in (k, v)), out, dout)]
+    p = jnp.exp(s - lse[..., None])
+    delta = (wide[3] * wide[4]).sum(3).swapaxes(1, 2)
+    ds = scale * p * (jnp.einsum("bihd,bjhd->bhij", wide[4], wide[2], precision="highest") - delta[..., None])
+    dq = jnp.einsum("bhij,bjhd->bihd", ds, wide[1], precision="highest")
+    dk, dv = (jnp.einsum("bhij,bihd->bjhd", *pair, precision="highest") for pair in ((ds, wide[0]), (p, wide[4])))
+    dk, dv = (x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3) for x in (dk, dv))
+    share = None if sinks is None else jnp.exp(sinks.astype(jnp.float32)[:, None] - lse)
+    dsinks = None if share is None else -(share * delta).sum((0, 2)).astype(sinks.dtype)
+    return *(x.astype(q.dtype) for x in (dq, dk, dv)), dsinks, starts
+
+
+def _scores(q: Any, k: Any, v: Any, scale: float, causal: bool, window: tuple[int, int]) -> jax.Array:
+    """(b h i j), -inf where the pair is not allowed."""
+    assert q.dtype == k.dtype == v.dtype
+    assert q.dtype in (jnp.float16, jnp.bfloat16)
+    assert k.shape == v.shape
+    assert q.shape[3] == k.shape[3] <= 256
+    assert q.shape[3] % 8 == 0
+    assert all(type(bound) is int and bound >= -1 for bound in window)
+    assert causal is (window[1] == 0)
+    q, k = q.astype(jnp.float32), jnp.repeat(k.astype(jnp.float32), q.shape[2] // k.shape[2], 2)
+    s = scale * jnp.einsum("bihd,bjhd->bhij", q, k, precision="highest")
+    at, key = np.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1], np.arange(k.shape[1])
+    may = np.ones((q.shape[1], k.shape[1]), bool)
+    if window[0] >= 0:
+        may &= key >= at - window[0]
+    if window[1] >= 0:
+        may &= key <= at + window[1]
+    assert may.any(1).all(), "a row without a key beside a sink of -inf would be NaN"
+    return jnp.where(may, s, -math.inf)
+
+
+def _beside(plain: Any, lse: Any, sinks: Any) -> jax.Array:
+    """An output (b i h d) with what sinks leave of it."""
+    if sinks is None:
+        return plain
+    left = jnp.exp(lse - jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])).swapaxes(1, 2)[..., None]
+    return (plain.astype(jnp.float32) * left).astype(plain.dtype)

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import pytest
 
+from attend_jax.implementations import fa3 as jax_fa3
 from attend_jax.implementations import fa4 as jax_fa4
 from attend_jax.implementations import triton as jax_triton
 from attend_shared import cases, compare, parity, reference, wrong_calls
@@ -107,7 +108,7 @@ def test_those_that_take_turns_meet_every_level_that_they_serve() -> None:
 def found() -> dict[str, Any]:
     """What refusals.json should hold. JAX is told where it runs; torch looks at where the arrays are said to be.
 
-    fa4, flex and triton look for a GPU themselves, and are told that it is not there, then that it is.
+    fa4, fa3, flex and triton look for a GPU themselves, and are told that it is not there, then that it is.
     """
     platforms = {}
     for platform, backend in (("cpu", "cpu"), ("cuda", "gpu")):
@@ -115,7 +116,7 @@ def found() -> dict[str, Any]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch("jax.default_backend", lambda backend=backend: backend))
             stack.enter_context(jax.numpy_dtype_promotion("standard"))
-            for module in (torch_fa4, jax_fa4, torch_flex, torch_triton, jax_triton):
+            for module in (torch_fa4, jax_fa4, jax_fa3, torch_flex, torch_triton, jax_triton):
                 stack.enter_context(mock.patch.object(module, "unavailable", lambda reason=reason: reason))
             twins = [parity.load(framework) for framework in parity.FRAMEWORKS]
             platforms[platform] = parity.refusals(twins, cases.CASES, platform)

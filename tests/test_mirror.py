@@ -28,6 +28,7 @@ ONE_SIDED_FILES = {
     "attend_torch/implementations/flex.py": "torch's own attention with functions",
     "attend_torch/programs.py": "FlexAttention takes functions of single numbers; JAX traces in functions.py",
     "attend_jax/implementations/xla.py": "JAX's own attention",
+    "attend_jax/implementations/fa3.py": "a package of FlashAttention-3 as it was released is there for JAX alone",
     "attend_jax/implementations/cudnn.py": "JAX's own attention on NVIDIA GPUs, where torch's is inside sdpa",
     "attend_torch/hooks/transformers.py": "the host is a PyTorch library",
     "attend_torch/hooks/x_transformers.py": "the host is a PyTorch library",

@@ -4,18 +4,18 @@ from functools import lru_cache
 
 import jax
 
-from attend_jax.implementations import blockwise, cudnn, einsum, fa4, rowwise, triton, xla
+from attend_jax.implementations import blockwise, cudnn, einsum, fa3, fa4, rowwise, triton, xla
 from attend_jax.machine import capability
 from attend_shared import devices
 from attend_shared.blocks import is_small
 from attend_shared.call import Call
 from attend_shared.choice import Entry
 
-FA4 = Entry("fa4", True, fa4)
+FA4, FA3 = Entry("fa4", True, fa4), Entry("fa3", True, fa3)
 CUDNN, TRITON, XLA = Entry("cudnn", True, cudnn), Entry("triton", True, triton), Entry("xla", False, xla)
 BLOCKWISE = Entry("blockwise", True, blockwise, custom=True)
 ROWWISE, EINSUM = Entry("rowwise", True, rowwise, custom=True), Entry("einsum", False, einsum, custom=True)
-ENTRIES = {entry.name: entry for entry in (FA4, CUDNN, TRITON, XLA, BLOCKWISE, ROWWISE, EINSUM)}
+ENTRIES = {entry.name: entry for entry in (FA4, FA3, CUDNN, TRITON, XLA, BLOCKWISE, ROWWISE, EINSUM)}
 
 
 def table(call: Call | None = None) -> tuple[Entry, ...]:
@@ -35,5 +35,5 @@ def _safe(call: Call | None) -> tuple[Entry, ...]:
     """In order of preference on a device of which nothing is known."""
     first, second = (EINSUM, XLA) if jax.default_backend() == "cpu" else (XLA, EINSUM)
     if call is not None and is_small(call):
-        return FA4, CUDNN, TRITON, first, second, BLOCKWISE, ROWWISE
-    return FA4, CUDNN, TRITON, BLOCKWISE, first, second, ROWWISE
+        return FA4, FA3, CUDNN, TRITON, first, second, BLOCKWISE, ROWWISE
+    return FA4, FA3, CUDNN, TRITON, BLOCKWISE, first, second, ROWWISE

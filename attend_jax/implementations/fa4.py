@@ -20,8 +20,11 @@ MISSING = flash.missing(PACKAGE)
 
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""
-    if MISSING:
-        return MISSING
+    return MISSING or no_device()
+
+
+def no_device() -> str | None:
+    """Why FlashAttention's kernels cannot run on the first device, or None."""
     if jax.default_backend() != "gpu":
         return "it needs an NVIDIA GPU"
     major, _, minor = str(getattr(jax.devices()[0], "compute_capability", "0.0")).partition(".")
@@ -44,8 +47,8 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
     counts_q, counts_kv = flash.counted(call)
     if call.q_lengths and not counts_q:
         arrays = hide(call, arrays)
-    size = flash.size(call)
-    q, k, v = (_padded(x, size).swapaxes(1, 2) for x in arrays[:3])  # (b n h size)
+    size = flash.size(call, PACKAGE)
+    q, k, v = (padded(x, size).swapaxes(1, 2) for x in arrays[:3])  # (b n h size)
     options = {"window_size": flash.window(call), "scale": call.scale}
     if counts_q or counts_kv:
         out = fa4_jax.flash_attn_varlen(
@@ -61,6 +64,6 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
     return (hide_rows(call, arrays, out) if call.q_lengths and not counts_q else out), None
 
 
-def _padded(x: jax.Array, size: int) -> jax.Array:
+def padded(x: jax.Array, size: int) -> jax.Array:
     """x (b h n d), with zeros behind it up to the size."""
     return x if x.shape[3] == size else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3])))

@@ -67,19 +67,19 @@ def _attend(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array]:
 
 
 def _attend_fwd(call: Call, floats: Floats, data: Arrays) -> tuple:
-    saved = _batching(call, _forward)(data._replace(**floats._asdict()))
+    saved = batching(call, _forward)(data._replace(**floats._asdict()))
     return saved[:2], (floats, data, saved)
 
 
 def _attend_bwd(call: Call, kept: tuple, cotangents: tuple) -> tuple:
     floats, data, saved = kept
-    return Floats(*_batching(call, _gradients)(data._replace(**floats._asdict()), saved, *cotangents)), None
+    return Floats(*batching(call, _gradients)(data._replace(**floats._asdict()), saved, *cotangents)), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _batching(call: Call, function: Callable) -> Callable:
+def batching(call: Call, function: Callable) -> Callable:
     """function(call, arrays, ...) of arrays, which jax.vmap makes one call of more items where it can.
 
     Dropout counts the items of a call, and dbias and dsinks are sums over them: there lanes go one after the other.
@@ -90,7 +90,7 @@ def _batching(call: Call, function: Callable) -> Callable:
     def rule(lanes: int, are: Any, *inputs: Any) -> tuple:
         outputs_are = jax.tree.map(lambda _: True, jax.eval_shape(*_lane(partial(function, call), are, inputs)))
         if call.dropout or call.sinks or call.bias:
-            inner = _batching(call, function)
+            inner = batching(call, function)
             stacked, rest = _split(are, inputs)
             return lax.map(lambda some: inner(*_joined(are, some, rest)), stacked), outputs_are
 

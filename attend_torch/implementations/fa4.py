@@ -45,7 +45,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     arrays = hide(call, arrays)  # a tile of keys is loaded whole, and its weights of 0 do not keep a NaN out
     lengths = zip(flash.counted(call), (arrays.q_lengths, arrays.kv_lengths), (call.i, call.j), strict=True)
     q_used, kv_used = (flash.used(x, n).int() if given else None for given, x, n in lengths)
-    size = flash.size(call)
+    size = flash.size(call, PACKAGE)
     inputs = (*(_padded(x, size) for x in arrays[:3]), arrays.sinks, q_used, kv_used)
     options = (*flash.window(call), call.scale, call.softcap, call.layout == "bnhd")
     if is_traced(arrays.q):  # what looks on takes the operator whole

@@ -300,7 +300,7 @@ def compiled(entry: str, load: Workload, mode: str, inputs: Data) -> Prepared:
     """The entry's program."""
     function, given, chosen = attention(entry, load, inputs)
     key = f"{f'{CHOICE} {chosen}' if chosen else entry}|{load}|{mode}"
-    if entry in ("FA3", "FA4") or chosen == "fa4":  # their kernels live in the process that traced the call
+    if entry in ("FA3", "FA4") or chosen in ("fa3", "fa4"):  # their kernels live in the process that traced the call
         key = None
     arguments = (given, inputs.sets)
     program, memory = _compiled(key, _program(function, load, mode), arguments)

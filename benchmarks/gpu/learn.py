@@ -23,7 +23,7 @@ from benchmarks.gpu.workloads import options as options_of
 
 TARGET = Path(__file__).resolve().parents[2] / "shared" / "attend_shared" / "measured.py"
 LAST = ("blockwise", "xla", "einsum")  # which are for what the others refuse: the frameworks order them by size
-SHOWN = ("torch", "CUDA", "triton", "flash-attn-4", "jax", "jaxlib", "jax-triton", "fa4-jax")
+SHOWN = ("torch", "CUDA", "triton", "flash-attn-4", "jax", "jaxlib", "jax-triton", "fa4-jax", "dew-flash-attn-cu13")
 # What is put first until it is measured, by what is known of the kernels: structure stays structure, and what is
 # launched slowly does not come first where there is little to do.
 EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
@@ -40,17 +40,17 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
         "larger head sizes": ("sdpa", "fa4", "triton", "flex"),
     },
     "jax": {
-        "few queries": ("cudnn", "triton", "fa4"),
+        "few queries": ("cudnn", "triton", "fa4", "fa3"),
         "a mask that is no key mask": ("triton",),
         "a key mask": ("triton",),
         "lengths": ("cudnn", "fa4", "triton"),
-        "sinks": ("triton",),
+        "sinks": ("triton", "fa3"),
         "lse": ("triton",),
-        "an offset": ("fa4", "triton"),
+        "an offset": ("fa4", "fa3", "triton"),
         "a bias": ("triton",),
-        "short sequences": ("fa4", "cudnn", "triton"),
-        "head sizes up to 64": ("fa4", "cudnn", "triton"),
-        "larger head sizes": ("fa4", "triton"),
+        "short sequences": ("fa4", "fa3", "cudnn", "triton"),
+        "head sizes up to 64": ("fa4", "fa3", "cudnn", "triton"),
+        "larger head sizes": ("fa4", "fa3", "triton"),
     },
 }
 HEAD = '''"""What was measured on GPUs, and the orders that follow: written by `python -m benchmarks.gpu.learn`."""

@@ -154,7 +154,7 @@ PEERS = {
 }
 OURS = {
     "torch": ("triton", "fa4", "sdpa", "flex", "blockwise", "einsum"),
-    "jax": ("triton", "fa4", "cudnn", "blockwise", "xla", "einsum"),
+    "jax": ("triton", "fa4", "fa3", "cudnn", "blockwise", "xla", "einsum"),
 }
 REFERENCE = "reference"  # what all are compared with; it is compiled like an entry
 TIME_IS_UP = "the time of this run was up"

@@ -15,7 +15,7 @@ import numpy as np
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 # Of implementations of either framework.
-NAMES = ("fa4", "sdpa", "cudnn", "triton", "flex", "blockwise", "xla", "rowwise", "einsum")
+NAMES = ("fa4", "fa3", "sdpa", "cudnn", "triton", "flex", "blockwise", "xla", "rowwise", "einsum")
 LAYOUTS = ("bhnd", "bnhd")
 LAYOUT_NAMES = 'one of "bhnd", "bnhd"'
 LAYOUT_ADVICE = "bhnd is (batch, heads, length, head size), bnhd is (batch, length, heads, head size)."

@@ -19,6 +19,7 @@ from attend_shared.orders import Order
 EXTRAS = {
     ("torch", "fa4"): "fa4",
     ("jax", "fa4"): "fa4-jax",
+    ("jax", "fa3"): "fa3-jax",
     ("torch", "triton"): "triton",
     ("jax", "triton"): "triton-jax",
 }

@@ -1,7 +1,7 @@
-"""FlashAttention-4's packages, one for each framework: what they take, in words, and how a call is put to them.
+"""FlashAttention's packages: what they take, in words, and how a call is put to them.
 
-Both have the same kernels, written in CuTe: flash-attn-4 for torch, fa4-jax for JAX. Which calls they may have is
-decided here, once; a framework's file moves data and calls.
+flash-attn-4 for torch and fa4-jax for JAX have the same kernels, FlashAttention-4's; dew-flash-attn-cu13 has
+FlashAttention-3's for JAX. Which calls they may have is decided here, once; a framework's file moves data and calls.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from packaging.version import Version
 
 from attend_shared.call import Call
 
-# Of heads. Between these some kernels cannot be compiled, and others have wrong gradients: sizes that are an odd number
-# of 16s, where dq is summed in blocks of 16 and read in blocks of 32.
-SIZES = (32, 64, 96, 128, 192, 256)
+# Of heads. Between the first some kernels of FlashAttention-4 cannot be compiled, and others, of an odd number of 16s,
+# have wrong gradients: dq is summed in blocks of 16 and read in blocks of 32. FlashAttention-3 fills its tiles up by
+# itself, from rows whose bytes are a multiple of 16.
+SIZES, EIGHTS = (32, 64, 96, 128, 192, 256), tuple(range(8, 257, 8))
 CAPABILITY = (9, 0)
 MOST = 65535  # items and heads, of which a grid has one block each
+TILE = 128  # the most queries, keys or numbers of a head that FlashAttention-3 rounds up to
 
 
 class Package(NamedTuple):
@@ -29,9 +31,12 @@ class Package(NamedTuple):
         version: the one that was held against the contract. What is called in it is not its public face.
         extra: of this project, which installs it.
         needs: other packages that it needs, as (name, version).
+        least: the same, where a later version will do.
         modules: what it imports that others install; nvidia-cutlass-dsl's lies on a path of its own.
-        softcap, sinks: whether it has them.
+        sizes: of heads, to which others are filled up.
+        softcap, sinks, lengths: whether it has them.
         lse: whether its lse has a gradient.
+        wide: whether it counts the numbers of an item in more than 32 bits.
     """
 
     name: str
@@ -42,6 +47,10 @@ class Package(NamedTuple):
     softcap: bool
     sinks: bool
     lse: bool
+    least: tuple[tuple[str, str], ...] = ()
+    sizes: tuple[int, ...] = SIZES
+    lengths: bool = True
+    wide: bool = True
 
 
 FLASH_ATTN_4 = Package(
@@ -52,18 +61,26 @@ FA4_JAX = Package(
     "fa4-jax", "0.1.0", "fa4-jax", (("jax-tvm-ffi", "0.1.2"),), ("fa4_jax", "cutlass", "cutejax", "tvm_ffi"),
     False, False, False,
 )  # fmt: skip
+# On GPUs of other generations it has FlashAttention-2, which nobody held against the contract.
+DEW_FLASH_ATTN = Package(
+    "dew-flash-attn-cu13", "0.3.6", "fa3-jax", (), ("dew_flash_attn",), False, True, False,
+    least=(("jax", "0.11.2"), ("jax-cuda13-plugin", "0.11.2")), sizes=EIGHTS, lengths=False, wide=False,
+)  # fmt: skip
 
 
 def missing(package: Package) -> str | None:
     """Why the package cannot be used, as far as can be seen without importing it, or None."""
     install = f'pip install "attend-twin[{package.extra}]"'
-    for name, wanted in ((package.name, package.version), *package.needs):
+    exact = ((package.name, package.version), *package.needs)
+    for name, wanted in (*exact, *package.least):
         try:
             found = version(name)
         except PackageNotFoundError:
             return f"it needs {name} {wanted}: {install}"
-        if Version(found) != Version(wanted):
+        if (name, wanted) in exact and Version(found) != Version(wanted):
             return f"it was proved with {name} {wanted}, not {found}: {install}"
+        if Version(found) < Version(wanted):
+            return f"it needs {name} {wanted} or later, not {found}: {install}"
     lost = [module for module in package.modules if find_spec(module) is None]
     if lost:
         return f"{package.name} is here, but Python finds no {' and no '.join(lost)}: {install}"
@@ -81,16 +98,20 @@ def refusal(call: Call, package: Package) -> str | None:
     """Why the package cannot serve this call, or None."""
     if call.dtype not in ("float16", "bfloat16"):
         return f"it takes float16 and bfloat16, not {call.dtype}"
-    if max(call.d, call.dv) > SIZES[-1]:
-        return f"it takes head sizes of up to {SIZES[-1]}, not {max(call.d, call.dv)}"
+    if max(call.d, call.dv) > package.sizes[-1]:
+        return f"it takes head sizes of up to {package.sizes[-1]}, not {max(call.d, call.dv)}"
     if max(call.b, call.h) > MOST:
         return f"it takes up to {MOST} items and heads"
+    if not package.wide and _tiled(call) >= 2**31:
+        return "it counts the numbers of an item in 32 bits, which these exceed"
     if call.mask is not None:
         return "it has no mask"
     if call.bias is not None:
         return "it has no bias"
     if call.segments:
         return "it takes segments that lie one after the other, and ids, which are data, need not"
+    if not package.lengths and (call.q_lengths or call.kv_lengths):
+        return "it has no lengths"
     if call.dropout:
         return "it has no dropout"
     if call.softcap is not None and not package.softcap:
@@ -121,12 +142,18 @@ def counted(call: Call) -> tuple[bool, bool]:
     return call.q_lengths and (call.kv_lengths or not call.positional), call.kv_lengths
 
 
-def size(call: Call) -> int:
-    """The head size of the kernel that serves the call: for d and dv alike, with zeros behind q, k and v.
+def size(call: Call, package: Package) -> int:
+    """The head size with which a package gets the call: for d and dv alike, with zeros behind q, k and v.
 
     Zeros behind q and k change no logit, and zeros behind v become columns of out that are cut off.
     """
-    return next(each for each in SIZES if each >= max(call.d, call.dv))
+    return next(each for each in package.sizes if each >= max(call.d, call.dv))
+
+
+def _tiled(call: Call) -> int:
+    """The most numbers that an item of one of the arrays has, as FlashAttention-3 fills them up."""
+    length, size = max(call.i, call.j) + TILE, max(call.d, call.dv) + TILE
+    return call.h * length * size
 
 
 def window(call: Call) -> tuple[int | None, int | None]:
@@ -145,6 +172,26 @@ def window(call: Call) -> tuple[int | None, int | None]:
     left = None if call.left is None else call.left + ahead
     right = None if call.right is None else call.right - ahead
     return left, right
+
+
+def reach(call: Call) -> tuple[slice, int]:
+    """The queries that positions leave a key, and how many keys there are up to the last that any of them may see.
+
+    For these alone `window` has no negative bound, which FlashAttention-3 would take for none.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> causal = {"left": None, "right": 0}
+        >>> reach(SimpleNamespace(i=3, j=5, offset="zero", **causal))
+        (slice(0, 3, None), 3)
+        >>> reach(SimpleNamespace(i=5, j=3, offset="end", **causal))
+        (slice(2, 5, None), 3)
+    """
+    at = call.j - call.i if call.offset == "end" else 0
+    first = 0 if call.right is None else max(0, -at - call.right)
+    last = call.i if call.left is None else min(call.i, call.j + call.left - at)
+    keys = call.j if call.right is None else min(call.j, last + at + call.right)
+    return slice(first, last), keys
 
 
 def used(lengths: Any, length: int) -> Any:

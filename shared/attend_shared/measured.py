@@ -116,17 +116,17 @@ DEVICES = {
                 ),
             },
             "jax": {
-                "few queries": Order(("cudnn", "triton", "fa4"), {}),
+                "few queries": Order(("cudnn", "triton", "fa4", "fa3"), {}),
                 "a mask that is no key mask": Order(("triton",), {}),
                 "a key mask": Order(("triton",), {}),
                 "lengths": Order(("cudnn", "fa4", "triton"), {}),
-                "sinks": Order(("triton",), {}),
+                "sinks": Order(("triton", "fa3"), {}),
                 "lse": Order(("triton",), {}),
-                "an offset": Order(("fa4", "triton"), {}),
+                "an offset": Order(("fa4", "fa3", "triton"), {}),
                 "a bias": Order(("triton",), {}),
-                "short sequences": Order(("fa4", "cudnn", "triton"), {}),
-                "head sizes up to 64": Order(("fa4", "cudnn", "triton"), {}),
-                "larger head sizes": Order(("fa4", "triton"), {}),
+                "short sequences": Order(("fa4", "fa3", "cudnn", "triton"), {}),
+                "head sizes up to 64": Order(("fa4", "fa3", "cudnn", "triton"), {}),
+                "larger head sizes": Order(("fa4", "fa3", "triton"), {}),
                 "dropout": Order(
                     ("triton",),
                     {
