@@ -95,7 +95,9 @@ def seed_words(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
         seed: an int in [0, 2**64), a uint32 tensor (2,), or an int64 scalar tensor, read as its 64 bits.
     """
     if not isinstance(seed, torch.Tensor):
-        return torch.tensor([int(seed) & _MASK, int(seed) >> 32], device=device)
+        words = torch.full((2,), int(seed) & _MASK, dtype=torch.int64, device=device)  # a copy from the host would wait
+        words[1:].fill_(int(seed) >> 32)
+        return words
     if seed.dtype == torch.uint32:
         return seed.to(device, torch.int64)
     seed = seed.to(device)

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention, noop_mask
 from torch.nn.functional import pad
 
@@ -36,6 +37,7 @@ from attend_torch.programs import Program, Untraceable
 Tensor = torch.Tensor
 Function = Callable[..., Tensor]  # (score, b, h, q_index, kv_index, *inputs), of a program
 Run = Callable[..., tuple[Tensor, "Tensor | None"]]
+TORCH = Version(torch.__version__).release[:2]
 SIZE = 128  # queries and keys of a block
 LEAST, MOST = 16, 256  # head sizes that its kernels take
 EXACT = 16  # sizes of a call that get a program of their own; later ones share one that takes any
@@ -55,6 +57,12 @@ TILES_BACK = {
     4: ((16, 16, 1, 4),),
 }  # fmt: skip
 INSTALLED = find_spec("triton") is not None
+# In torch 2.11 the compiler writes a kernel by strides that arrays of the same program do not have yet, and gives them
+# others: it read lists of blocks of every item but the first from somewhere else. It keeps to them where a product has
+# no other kernel to fall back to. This program has no products; 2.12 keeps to them anyway.
+LAYOUTS_FIXED: dict[str, Any] = (
+    {"max_autotune_gemm": True, "max_autotune_gemm_backends": "TRITON"} if TORCH == (2, 11) else {}
+)
 
 
 def unavailable() -> str | None:
@@ -72,8 +80,6 @@ def refusal(call: Call) -> str | None:
     """Why FlexAttention cannot serve this call, or None."""
     if call.platform != "cuda":
         return "it runs on an NVIDIA GPU"
-    if call.mask is not None or call.q_lengths or call.kv_lengths:  # in one call of several, the cause not found
-        return "with a mask or lengths it was wrong on a GPU"
     return cannot(call)
 
 
@@ -182,7 +188,7 @@ def compiled(plan: Plan, any_size: bool) -> Run:
 
     code = run.__code__.replace(co_name=f"flex_{next(_COUNT)}")
     own = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=None if any_size else False)
+    return torch.compile(own, fullgraph=True, dynamic=None if any_size else False, options=dict(LAYOUTS_FIXED) or None)
 
 
 _COUNT = itertools.count()
@@ -574,9 +580,12 @@ def _block_mask(sizes: tuple[int, int], lists: tuple[Tensor, ...], mask_mod: Fun
 
 
 def _listed(dense: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of a row are True (b, h, n), and which, these first (b, h, n, m)."""
+    """How many blocks of a row are True (b, h, n), and which, these first (b, h, n, m).
+
+    Both contiguous to the stride of an axis of size 1, by which kernels find the next item.
+    """
     first = torch.argsort(dense.to(torch.int32), dim=-1, descending=True, stable=True)
-    return dense.sum(-1, dtype=torch.int32), first.to(torch.int32).contiguous()
+    return dense.sum(-1, dtype=torch.int32), first.to(torch.int32, memory_format=torch.contiguous_format)
 
 
 def _known(plan: Plan, data: Data) -> tuple[Tensor, ...] | None:
