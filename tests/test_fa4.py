@@ -98,6 +98,19 @@ def test_what_only_torch_has(options: dict[str, Any], words: str) -> None:
     assert jax_fa4.refusal(call_of(**options)) == words
 
 
+def test_in_a_shard_map_jax_takes_another() -> None:
+    found: list[str | None] = []
+
+    def ask(x: Any) -> Any:
+        found.append(jax_fa4.refusal(call_of()))
+        return x
+
+    mesh, spec = jax.sharding.AbstractMesh((2,), ("x",)), jax.sharding.PartitionSpec("x")
+    asked = jax.shard_map(ask, mesh=mesh, in_specs=spec, out_specs=spec)
+    jax.eval_shape(asked, jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert found[0] == "inside a shard_map fa4-jax's gradients raise"
+
+
 def test_softcap_and_lse() -> None:
     words = "its softcap is an approximate tanh, too coarse for an lse in float32"
     assert fa4.refusal(call_of(softcap=30.0, return_lse=True)) == words

@@ -35,6 +35,8 @@ def refusal(call: Call) -> str | None:
     """Why the kernels cannot serve this call, or None."""
     if call.platform != "cuda":
         return "it runs on an NVIDIA GPU"
+    if jax.sharding.get_abstract_mesh().manual_axes:  # unless check_vma=False, which cannot be seen from here
+        return "inside a shard_map fa4-jax's gradients raise"
     return flash.refusal(call, PACKAGE)
 
 
