@@ -431,3 +431,31 @@ def test_a_compiler_takes_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         for n in (20, 24, 30, 33):
             torch.testing.assert_close(run("flex", n), run("einsum", n), rtol=1e-4, atol=1e-5)
     assert flex.compiled.cache_info().currsize == 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_lists_are_contiguous_to_the_last_stride(turned: bool) -> None:
+    """Kernels find the next item by the stride of the head, which where there is one head may be any number."""
+    dense = torch.empty_strided((4, 1, 8, 8), (64, 256, 8, 1), dtype=torch.bool).copy_(draw(4, 1, 8, 8) > 0)
+    counts, places = flex._listed(dense.mT if turned else dense)
+    assert (counts.stride(), places.stride()) == ((8, 8, 1), (64, 64, 8, 1))
+
+
+def test_layouts_are_fixed_where_the_compiler_would_not_keep_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = draw(2, 1, 8, 16)
+    asked: list[dict[str, Any]] = []
+
+    def compile_nothing(_: Any, **options: Any) -> Callable[..., Any]:
+        asked.append(options)
+        return lambda *_: (x, None)
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    monkeypatch.setattr(flex, "unavailable", lambda: None)
+    monkeypatch.setattr(flex, "refusal", flex.cannot)
+    assert bool(flex.LAYOUTS_FIXED) == torch.__version__.startswith("2.11.")
+    for n, fixed in enumerate(({}, {"max_autotune_gemm": True})):
+        monkeypatch.setattr(flex, "LAYOUTS_FIXED", fixed)
+        flex.compiled.cache_clear()
+        attend(x, x, x, kv_lengths=torch.tensor([8, 3]), implementation="flex")
+        assert asked[n]["options"] == (fixed or None)
+    flex.compiled.cache_clear()
