@@ -44,7 +44,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     fa4_jax = ModuleType("fa4_jax")
     vars(fa4_jax).update(flash_attn=flash_attn_jax, flash_attn_varlen=flash_attn_varlen)
     dew_flash_attn = ModuleType("dew_flash_attn")
-    vars(dew_flash_attn).update(_attend_forward=_attend_forward, _attend_backward=_attend_backward)
+    vars(dew_flash_attn).update(_forward3=_forward3, _backward3=_backward3)
     for module in (flash_attn, cute, interface, fa4_jax, dew_flash_attn):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for ours in (torch_fa4, jax_fa4, fa3):
@@ -226,37 +226,33 @@ def _jax(q: Any, k: Any, v: Any, window: tuple[int | None, int | None], scale: f
 # dew-flash-attn: (b n h d) without lengths; -1 is no bound, and no other bound is negative.
 
 
-def _attend_forward(
-    q: Any, k: Any, v: Any, sinks: Any, starts: None, longest: None, scale: float, causal: bool, window: tuple[int, int]
-) -> tuple[jax.Array, tuple]:
+def _forward3(
+    q: Any, k: Any, v: Any, starts: None, longest: None, scale: float, causal: bool, window: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
     assert starts is longest is None
     s = _scores(q, k, v, scale, causal, window)
     lse = jax.nn.logsumexp(s, 3)
     values = jnp.repeat(v.astype(jnp.float32), q.shape[2] // k.shape[2], 2)
-    plain = jnp.einsum("bhij,bjhd->bihd", jnp.exp(s - lse[..., None]), values, precision="highest").astype(q.dtype)
-    return _beside(plain, lse, sinks), (q, k, v, sinks, starts, plain, lse)
+    out = jnp.einsum("bhij,bjhd->bihd", jnp.exp(s - lse[..., None]), values, precision="highest")
+    return out.astype(q.dtype), lse
 
 
-def _attend_backward(
-    longest: None, scale: float, causal: bool, window: tuple[int, int], kept: tuple, dout: Any
-) -> tuple[Any, ...]:
-    q, k, v, sinks, starts, plain, lse = kept
-    assert dout.dtype == q.dtype == plain.dtype
-    assert plain.shape == dout.shape == q.shape
-    s, group = _scores(q, k, v, scale, causal, window), q.shape[2] // k.shape[2]
-    out = _beside(plain, lse, sinks)
-    if sinks is not None:
-        lse = jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])
-    wide = [x.astype(jnp.float32) for x in (q, *(jnp.repeat(x, group, 2) for x in (k, v)), out, dout)]
+def _backward3(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, starts: None, longest: None, scale: float, causal: bool,
+    window: tuple[int, int],
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    assert starts is longest is None
+    assert dout.dtype == q.dtype == out.dtype
+    assert dout.shape == q.shape == out.shape
+    s, group, dtype = _scores(q, k, v, scale, causal, window), q.shape[2] // k.shape[2], q.dtype
+    dout, q, k, v, out = (x.astype(jnp.float32) for x in (dout, q, *(jnp.repeat(x, group, 2) for x in (k, v)), out))
     p = jnp.exp(s - lse[..., None])
-    delta = (wide[3] * wide[4]).sum(3).swapaxes(1, 2)
-    ds = scale * p * (jnp.einsum("bihd,bjhd->bhij", wide[4], wide[2], precision="highest") - delta[..., None])
-    dq = jnp.einsum("bhij,bjhd->bihd", ds, wide[1], precision="highest")
-    dk, dv = (jnp.einsum("bhij,bihd->bjhd", *pair, precision="highest") for pair in ((ds, wide[0]), (p, wide[4])))
+    delta = (out * dout).sum(3).swapaxes(1, 2)
+    ds = scale * p * (jnp.einsum("bihd,bjhd->bhij", dout, v, precision="highest") - delta[..., None])
+    dq = jnp.einsum("bhij,bjhd->bihd", ds, k, precision="highest")
+    dk, dv = (jnp.einsum("bhij,bihd->bjhd", *pair, precision="highest") for pair in ((ds, q), (p, dout)))
     dk, dv = (x.reshape(*x.shape[:2], -1, group, x.shape[3]).sum(3) for x in (dk, dv))
-    share = None if sinks is None else jnp.exp(sinks.astype(jnp.float32)[:, None] - lse)
-    dsinks = None if share is None else -(share * delta).sum((0, 2)).astype(sinks.dtype)
-    return *(x.astype(q.dtype) for x in (dq, dk, dv)), dsinks, starts
+    return tuple(x.astype(dtype) for x in (dq, dk, dv))
 
 
 def _scores(q: Any, k: Any, v: Any, scale: float, causal: bool, window: tuple[int, int]) -> jax.Array:
@@ -276,13 +272,5 @@ def _scores(q: Any, k: Any, v: Any, scale: float, causal: bool, window: tuple[in
         may &= key >= at - window[0]
     if window[1] >= 0:
         may &= key <= at + window[1]
-    assert may.any(1).all(), "a row without a key beside a sink of -inf would be NaN"
+    assert may.any(1).all()
     return jnp.where(may, s, -math.inf)
-
-
-def _beside(plain: Any, lse: Any, sinks: Any) -> jax.Array:
-    """An output (b i h d) with what sinks leave of it."""
-    if sinks is None:
-        return plain
-    left = jnp.exp(lse - jnp.logaddexp(lse, sinks.astype(jnp.float32)[:, None])).swapaxes(1, 2)[..., None]
-    return (plain.astype(jnp.float32) * left).astype(plain.dtype)

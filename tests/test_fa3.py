@@ -28,6 +28,7 @@ from attend_shared.call import Arrays, Call, check
 INSTALL = 'pip install "attend-twin[fa3-jax]"'
 ALL = {"dew-flash-attn-cu13": "0.3.6", "jax": "0.11.2", "jax-cuda13-plugin": "0.11.2"}
 OFFSET = "it aligns causal and window with the last key, so q_offset must be the number 0 or kv_len - q_len"
+SINKS = "its gradient of sinks is made of an out that is rounded, which is too coarse"
 WIDE = "it counts the numbers of an item in 32 bits, which these exceed"
 
 
@@ -55,10 +56,9 @@ LENGTHS, IDS, SHORT = shape(2, dtype=jnp.int32), shape(2, 96, dtype=jnp.int32), 
         ({"window_size": (5, 3)}, None),
         ({"q": SHORT, "is_causal": True, "q_offset": 88}, None),
         ({"q": SHORT, "is_causal": True, "q_offset": 0}, None),
-        ({"k": SHORT, "v": SHORT, "is_causal": True, "q_offset": -88, "sinks": shape(4)}, None),
+        ({"k": SHORT, "v": SHORT, "is_causal": True, "q_offset": -88}, None),
         ({"k": shape(2, 2, 96, 64), "v": shape(2, 2, 96, 64)}, None),
         ({"v": shape(2, 4, 96, 20)}, None),
-        ({"sinks": shape(4)}, None),
         ({name: shape(2, 4, 96, 64, dtype=jnp.float32) for name in "qkv"},
          "it takes float16 and bfloat16, not float32"),
         ({"v": shape(2, 4, 96, 264)}, "it takes head sizes of up to 256, not 264"),
@@ -73,8 +73,8 @@ LENGTHS, IDS, SHORT = shape(2, dtype=jnp.int32), shape(2, 96, dtype=jnp.int32), 
         ({"q_lengths": LENGTHS}, "it has no lengths"),
         ({"dropout": 0.1, "dropout_seed": 0}, "it has no dropout"),
         ({"softcap": 30.0}, "it has no softcap"),
-        ({"sinks": shape(4, dtype=jnp.float32)},
-         "its gradient of sinks is made of an out that is rounded to bfloat16, too coarse for float32"),
+        ({"sinks": shape(4)}, SINKS),
+        ({"sinks": shape(4, dtype=jnp.float32)}, SINKS),
         ({"return_lse": True}, "it has no differentiable lse"),
         ({"scale": 0.0}, "it looks for the largest logit before it scales, which takes a scale > 0"),
         ({"scale": -1.0}, "it looks for the largest logit before it scales, which takes a scale > 0"),
@@ -189,7 +189,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_right_wherever_it_serves(fakes: None) -> None:
-    for case in flash_fakes.some(4, "lse", "softcap", "lengths")[3:]:
+    for case in flash_fakes.some(4, "lse", "softcap", "lengths", "sinks")[3:]:
         problem = case.build()
         compare.check(attend_jax.bridge.evaluate(problem, "fa3"), problem)
 
@@ -198,69 +198,61 @@ def draw(*sizes: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(sizes), jnp.bfloat16)
 
 
-def evaluated(name: str, sinks: Any, i: int, j: int, **options: Any) -> tuple[np.ndarray, ...]:
-    inputs = [draw(2, 4, i, 16), draw(2, 2, j, 16, seed=1), draw(2, 2, j, 8, seed=2), sinks]
-
-    def function(*inputs: Any) -> jax.Array:
-        return attend_jax.attend(*inputs[:3], sinks=inputs[3], implementation=name, **options)
-
-    out, pull = jax.vjp(function, *inputs)
+def evaluated(name: str, i: int, j: int, **options: Any) -> tuple[np.ndarray, ...]:
+    inputs = draw(2, 4, i, 16), draw(2, 2, j, 16, seed=1), draw(2, 2, j, 8, seed=2)
+    out, pull = jax.vjp(lambda *x: attend_jax.attend(*x, implementation=name, **options), *inputs)
     return tuple(np.asarray(x, np.float32) for x in (out, *pull(draw(*out.shape, seed=3))))
 
 
 @pytest.mark.parametrize(
-    ("i", "j", "options"), [(5, 3, {"q_offset": -2}), (6, 2, {"q_offset": 0, "window_size": (1, 0)})]
+    ("i", "j", "empty", "options"),
+    [(5, 3, slice(0, 2), {"q_offset": -2}), (6, 2, slice(3, 6), {"q_offset": 0, "window_size": (1, 0)})],
 )
-def test_rows_without_a_key_and_a_sink_of_nothing(fakes: None, i: int, j: int, options: dict[str, Any]) -> None:
-    sinks = jnp.asarray([-np.inf, 0.5, -2, 1], jnp.bfloat16)
-    ours, theirs = (evaluated(name, sinks, i, j, is_causal=True, **options) for name in ("fa3", "einsum"))
+def test_rows_without_a_key(fakes: None, i: int, j: int, empty: slice, options: dict[str, Any]) -> None:
+    ours, theirs = (evaluated(name, i, j, is_causal=True, **options) for name in ("fa3", "einsum"))
     for mine, its in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, its, atol=0.03, rtol=0.02)
-    empty = slice(0, 2) if "window_size" not in options else slice(3, 6)
     for x in ours[:2]:
         assert not x[:, :, empty].any()
-    assert ours[4][0] == 0
 
 
 def test_transforms(fakes: None) -> None:
-    """Lanes are items of one call, but for sinks, whose gradient is a sum over items; forward mode raises."""
-    q, k, v, sinks = draw(3, 2, 4, 7, 8), draw(2, 2, 7, 8, seed=1), draw(3, 2, 2, 7, 8, seed=2), draw(4, seed=4)
+    """Lanes are items of one call; forward mode raises."""
+    q, k, v = draw(3, 2, 4, 7, 8), draw(2, 2, 7, 8, seed=1), draw(3, 2, 2, 7, 8, seed=2)
 
-    def loss(q: Any, v: Any, sinks: Any) -> jax.Array:
-        out = attend_jax.attend(q, k, v, sinks=sinks, is_causal=True, implementation="fa3")
+    def loss(q: Any, k: Any, v: Any) -> jax.Array:
+        out = attend_jax.attend(q, k, v, is_causal=True, implementation="fa3")
         return jnp.sin(out.astype(jnp.float32)).sum()
 
-    for given in (None, sinks):
-        gradient = jax.jit(jax.grad(loss, (0, 1) if given is None else (0, 1, 2)))
-        together = jax.vmap(gradient, (0, 0, None))(q, v, given)
-        apart = [gradient(q[n], v[n], given) for n in range(3)]
-        for lanes, each in zip(together, zip(*apart, strict=True), strict=True):
-            np.testing.assert_array_equal(np.asarray(lanes, np.float32), np.asarray(jnp.stack(each), np.float32))
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+    together = jax.vmap(gradient, (0, None, 0))(q, k, v)
+    apart = [gradient(q[n], k, v[n]) for n in range(3)]
+    for lanes, each in zip(together, zip(*apart, strict=True), strict=True):
+        np.testing.assert_array_equal(np.asarray(lanes, np.float32), np.asarray(jnp.stack(each), np.float32))
     with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda q: loss(q, v[0], None), (q[0],), (q[0],))
+        jax.jvp(lambda q: loss(q, k, v[0]), (q[0],), (q[0],))
 
 
 def test_in_a_shard_map_results_vary_as_inputs_do(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a kernel gives is typed as the same on every device, as what this stand-in gives is."""
 
-    def forward(q: Any, k: Any, v: Any, sinks: Any, *_: Any) -> tuple:
-        out, lse = jnp.zeros(q.shape, q.dtype), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
-        return out, (q, k, v, sinks, None, out, lse)
+    def forward(q: Any, *_: Any) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros(q.shape, q.dtype), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
 
-    def backward(longest: Any, scale: Any, causal: Any, window: Any, kept: tuple, dout: Any) -> tuple:
-        return *(jnp.zeros(x.shape, x.dtype) for x in kept[:4]), None
+    def backward(dout: Any, *kept: Any) -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(x.shape, x.dtype) for x in kept[:3])
 
-    monkeypatch.setattr(sys.modules["dew_flash_attn"], "_attend_forward", forward)
-    monkeypatch.setattr(sys.modules["dew_flash_attn"], "_attend_backward", backward)
+    monkeypatch.setattr(sys.modules["dew_flash_attn"], "_forward3", forward)
+    monkeypatch.setattr(sys.modules["dew_flash_attn"], "_backward3", backward)
 
     def gradients(*floats: Any) -> Any:
-        def loss(q: Any, k: Any, v: Any, sinks: Any) -> jax.Array:
-            return attend_jax.attend(q, k, v, sinks=sinks, implementation="fa3").astype(jnp.float32).sum()
+        def loss(*floats: Any) -> jax.Array:
+            return attend_jax.attend(*floats, implementation="fa3").astype(jnp.float32).sum()
 
-        return jax.grad(loss, (0, 1, 2, 3))(*floats)
+        return jax.grad(loss, (0, 1, 2))(*floats)
 
-    specs = PartitionSpec(None, None, "x"), *(PartitionSpec(),) * 3  # each device has some queries, and all keys
-    given = *(shape(2, 4, 8, 16),) * 3, shape(4)
+    specs = PartitionSpec(None, None, "x"), *(PartitionSpec(),) * 2  # each device has some queries, and all keys
+    given = (shape(2, 4, 8, 16),) * 3
     mesh = AbstractMesh((2,), ("x",))
     found = jax.eval_shape(jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs), *given)
     assert [x.shape for x in found] == [x.shape for x in given]

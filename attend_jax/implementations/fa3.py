@@ -6,7 +6,6 @@ What they take, and how a call is put to them, is `attend_shared.flash`. The pac
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ def refusal(call: Call) -> str | None:
 def attend(call: Call, arrays: Arrays) -> tuple[Array, None]:
     """out (b h i dv) in q's dtype; there is no lse. Differentiable once, in reverse.
 
-    The kernels see no row that has no key: what positions empty is cut off, and is 0.
+    What positions leave without a part is cut off, and is 0: so no bound is negative, which would be read as none.
     """
     if call.is_empty:
         return einsum.attend(call, arrays)[0], None
@@ -46,7 +45,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, None]:
     size = flash.size(call, PACKAGE)
     q, k, v = (padded(x, size) for x in (arrays.q[:, :, rows], arrays.k[:, :, :keys], arrays.v[:, :, :keys]))
     seen = call._replace(i=rows.stop - rows.start, j=keys)
-    out = _attend(seen, Arrays(q, k, v, sinks=arrays.sinks))[..., : call.dv]
+    out = _attend(seen, Arrays(q, k, v))[..., : call.dv]
     before, behind = rows.start, call.i - rows.stop
     return (jnp.pad(out, ((0, 0), (0, 0), (before, behind), (0, 0))) if before or behind else out), None
 
@@ -57,8 +56,8 @@ def _attend(call: Call, arrays: Arrays) -> Array:
 
 
 def _attend_fwd(call: Call, arrays: Arrays) -> tuple:
-    saved = batching(call, _forward)(arrays)
-    return saved[0], (arrays, saved)
+    out, lse = batching(call, _forward)(arrays)
+    return out, (arrays, out, lse)
 
 
 def _attend_bwd(call: Call, kept: tuple, dout: Array) -> tuple[Arrays]:
@@ -75,29 +74,25 @@ def _asked(call: Call) -> tuple[float, bool, tuple[int, int]]:
 
 
 def _forward(call: Call, arrays: Arrays) -> tuple[Array, ...]:
-    """out (b h i d); what its gradients are made of: lse (b h i), and with sinks out as it is without them."""
-    import dew_flash_attn
+    """out (b h i d) and lse (b h i)."""
+    from dew_flash_attn import _forward3
 
     q, k, v = (x.swapaxes(1, 2) for x in arrays[:3])
-    out, (*_, plain, lse) = dew_flash_attn._attend_forward(q, k, v, arrays.sinks, None, None, *_asked(call))
-    wanted = () if arrays.sinks is None else (plain.swapaxes(1, 2),)
-    return _typed(arrays, (out.swapaxes(1, 2), lse, *wanted))
+    out, lse = _forward3(q, k, v, None, None, *_asked(call))  # items one beside the other, not packed
+    return _typed(arrays, (out.swapaxes(1, 2), lse))
 
 
-def _gradients(call: Call, arrays: Arrays, saved: tuple[Array, ...], dout: Array) -> tuple[Array | None, ...]:
-    """Of the fields of `Arrays`."""
-    import dew_flash_attn
+def _gradients(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array) -> tuple[Array, ...]:
+    """dq, dk, dv."""
+    from dew_flash_attn import _backward3
 
-    out, lse, *plain = saved
-    q, k, v, out, dout = (x.swapaxes(1, 2) for x in (*arrays[:3], *(plain or (out,)), dout))
-    kept = q, k, v, arrays.sinks, None, out, lse
-    dq, dk, dv, dsinks, _ = dew_flash_attn._attend_backward(None, *_asked(call), kept, dout)
-    dq, dk, dv = (x.swapaxes(1, 2) for x in (dq, dk, dv))
-    return _typed(arrays, tuple(Arrays(dq, dk, dv, sinks=dsinks)))
+    dout, q, k, v, out = (x.swapaxes(1, 2) for x in (dout, *arrays[:3], out))
+    found = _backward3(dout, q, k, v, out, lse, None, None, *_asked(call))
+    return _typed(arrays, tuple(x.swapaxes(1, 2) for x in found))
 
 
-def _typed(arrays: Arrays, made: Any) -> Any:
+def _typed(arrays: Arrays, made: tuple[Array, ...]) -> tuple[Array, ...]:
     """What a kernel made, which says nothing of the devices that it varies between, typed as what it was made of."""
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return made
-    return jax.tree.map(lambda x: varying(x, arrays.q), made)
+    return tuple(varying(x, arrays.q) for x in made)

@@ -44,7 +44,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
         "a mask that is no key mask": ("triton",),
         "a key mask": ("triton",),
         "lengths": ("cudnn", "fa4", "triton"),
-        "sinks": ("triton", "fa3"),
+        "sinks": ("triton",),
         "lse": ("triton",),
         "an offset": ("fa4", "fa3", "triton"),
         "a bias": ("triton",),

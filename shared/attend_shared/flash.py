@@ -20,7 +20,7 @@ from attend_shared.call import Call
 SIZES, EIGHTS = (32, 64, 96, 128, 192, 256), tuple(range(8, 257, 8))
 CAPABILITY = (9, 0)
 MOST = 65535  # items and heads, of which a grid has one block each
-TILE = 128  # the most queries, keys or numbers of a head that FlashAttention-3 rounds up to
+TILE = 128, 64  # to which FlashAttention-3 rounds up, at the most: queries and keys, sizes of heads
 
 
 class Package(NamedTuple):
@@ -34,7 +34,8 @@ class Package(NamedTuple):
         least: the same, where a later version will do.
         modules: what it imports that others install; nvidia-cutlass-dsl's lies on a path of its own.
         sizes: of heads, to which others are filled up.
-        softcap, sinks, lengths: whether it has them.
+        softcap, lengths: whether it has them.
+        sinks: why it serves none, or None.
         lse: whether its lse has a gradient.
         wide: whether it counts the numbers of an item in more than 32 bits.
     """
@@ -45,7 +46,7 @@ class Package(NamedTuple):
     needs: tuple[tuple[str, str], ...]
     modules: tuple[str, ...]
     softcap: bool
-    sinks: bool
+    sinks: str | None
     lse: bool
     least: tuple[tuple[str, str], ...] = ()
     sizes: tuple[int, ...] = SIZES
@@ -54,16 +55,17 @@ class Package(NamedTuple):
 
 
 FLASH_ATTN_4 = Package(
-    "flash-attn-4", "4.0.0b36", "fa4", (), ("flash_attn", "cutlass", "quack", "tvm_ffi"), True, True, True
+    "flash-attn-4", "4.0.0b36", "fa4", (), ("flash_attn", "cutlass", "quack", "tvm_ffi"), True, None, True
 )
 # jax-tvm-ffi 0.1.3 registers its targets where jaxlib does not look.
 FA4_JAX = Package(
     "fa4-jax", "0.1.0", "fa4-jax", (("jax-tvm-ffi", "0.1.2"),), ("fa4_jax", "cutlass", "cutejax", "tvm_ffi"),
-    False, False, False,
+    False, "it has no sinks", False,
 )  # fmt: skip
 # On GPUs of other generations it has FlashAttention-2, which nobody held against the contract.
 DEW_FLASH_ATTN = Package(
-    "dew-flash-attn-cu13", "0.3.6", "fa3-jax", (), ("dew_flash_attn",), False, True, False,
+    "dew-flash-attn-cu13", "0.3.6", "fa3-jax", (), ("dew_flash_attn",), False,
+    "its gradient of sinks is made of an out that is rounded, which is too coarse", False,
     least=(("jax", "0.11.2"), ("jax-cuda13-plugin", "0.11.2")), sizes=EIGHTS, lengths=False, wide=False,
 )  # fmt: skip
 
@@ -116,8 +118,8 @@ def refusal(call: Call, package: Package) -> str | None:
         return "it has no dropout"
     if call.softcap is not None and not package.softcap:
         return "it has no softcap"
-    if call.sinks is not None and not package.sinks:
-        return "it has no sinks"
+    if call.sinks is not None and package.sinks:
+        return package.sinks
     if call.sinks not in (None, call.dtype):
         return f"its gradient of sinks is made of an out that is rounded to {call.dtype}, too coarse for {call.sinks}"
     if call.return_lse and not package.lse:
@@ -152,7 +154,8 @@ def size(call: Call, package: Package) -> int:
 
 def _tiled(call: Call) -> int:
     """The most numbers that an item of one of the arrays has, as FlashAttention-3 fills them up."""
-    length, size = max(call.i, call.j) + TILE, max(call.d, call.dv) + TILE
+    sizes = max(call.i, call.j), max(call.d, call.dv)
+    length, size = (-(-n // tile) * tile for n, tile in zip(sizes, TILE, strict=True))
     return call.h * length * size
 
 

@@ -120,7 +120,7 @@ DEVICES = {
                 "a mask that is no key mask": Order(("triton",), {}),
                 "a key mask": Order(("triton",), {}),
                 "lengths": Order(("cudnn", "fa4", "triton"), {}),
-                "sinks": Order(("triton", "fa3"), {}),
+                "sinks": Order(("triton",), {}),
                 "lse": Order(("triton",), {}),
                 "an offset": Order(("fa4", "fa3", "triton"), {}),
                 "a bias": Order(("triton",), {}),
