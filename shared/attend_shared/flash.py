@@ -20,7 +20,7 @@ from attend_shared.call import Call
 SIZES, EIGHTS = (32, 64, 96, 128, 192, 256), tuple(range(8, 257, 8))
 CAPABILITY = (9, 0)
 MOST = 65535  # items and heads, of which a grid has one block each
-TILE = 128, 64  # to which FlashAttention-3 rounds up, at the most: queries and keys, sizes of heads
+TILE = 128  # queries or keys that FlashAttention-3 adds at the most, filling up
 
 
 class Package(NamedTuple):
@@ -154,9 +154,8 @@ def size(call: Call, package: Package) -> int:
 
 def _tiled(call: Call) -> int:
     """The most numbers that an item of one of the arrays has, as FlashAttention-3 fills them up."""
-    sizes = max(call.i, call.j), max(call.d, call.dv)
-    length, size = (-(-n // tile) * tile for n, tile in zip(sizes, TILE, strict=True))
-    return call.h * length * size
+    size = next(each for each in (64, 128, 192, 256) if each >= max(call.d, call.dv))
+    return call.h * (max(call.i, call.j) + TILE) * size
 
 
 def window(call: Call) -> tuple[int | None, int | None]:
