@@ -242,11 +242,8 @@ def _visited_keys(
 
 
 @triton.jit
-def _keys(
-    alive_keys, kv_ids, b64, begin, J, j_end, BN: tl.constexpr, G: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    ALIVE: tl.constexpr, SEGMENTS: tl.constexpr,
-):  # fmt: skip
-    """A block of keys: which they are, which of them the item has, and their segments."""
+def _keys(alive_keys, b64, begin, J, j_end, BN: tl.constexpr, G: tl.constexpr, ALIVE: tl.constexpr):
+    """A block of keys: which they are, and which of them the item has."""
     keys = begin + tl.arange(0, BN)
     if ALIVE:  # a bit each, of words that all threads have: a byte each would take all registers
         WORD: tl.constexpr = 32 if G > 32 else G
@@ -258,31 +255,23 @@ def _keys(
         alive = ((word >> (columns % WORD)) & 1) != 0
     else:
         alive = keys < j_end
-    if SEGMENTS:
-        kv_id = tl.load(kv_ids + b64 * J + keys, mask=None if EVEN_KEYS else keys < J)
-    else:
-        kv_id = keys
-    return keys, alive, kv_id
+    return keys, alive
 
 
 @triton.jit
-def _rows_ids(q_ids, b64, rows, I, EVEN: tl.constexpr, SEGMENTS: tl.constexpr):
+def _ids(ids, b64, n, length, EVEN: tl.constexpr, SEGMENTS: tl.constexpr):
+    """Segments of queries or of keys. EVEN: there are as many as n says."""
     if SEGMENTS:
-        return tl.load(q_ids + b64 * I + rows, mask=None if EVEN else rows < I)
+        return tl.load(ids + b64 * length + n, mask=None if EVEN else n < length)
     else:
-        return rows
+        return n
 
 
 @triton.jit
-def _tile(
-    s, place, least, most, q_id, kv_id, alive, seen, added, factor, cap,
-    BY_PLACE: tl.constexpr, LEAST: tl.constexpr, MOST: tl.constexpr, SEGMENTS: tl.constexpr, ALIVE: tl.constexpr,
-    MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """Products to logits (times log2(e) where BASE2), -inf where not allowed; and tanh of the softcap.
-
-    place: of what moves along while the rest stays; with what stays it is allowed from `least` to `most`.
-    """
+def _logits(
+    s, seen, added, factor, cap, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISE: tl.constexpr
+):
+    """Products to logits (times log2(e) where BASE2), -inf where a dense mask says so; and tanh of the softcap."""
     capped = s
     if SOFTCAP:
         s, capped = _softcap(s, factor, cap, PRECISE)
@@ -290,18 +279,38 @@ def _tile(
         s = s * factor
     if BIAS:
         s += added.to(tl.float32)
-    if BY_PLACE:
-        if MOST:
-            s = tl.where(place <= most, s, NOTHING)
-        if LEAST:
-            s = tl.where(place >= least, s, NOTHING)
+    if MASK:
+        s = tl.where(seen != 0, s, NOTHING)
+    return s, capped
+
+
+@triton.jit
+def _is_cut(turn, whole_from, whole_to, stage: tl.constexpr, ONE: tl.constexpr):
+    """Whether a block is to be looked at: a question only where all are visited in one loop."""
+    if ONE:
+        return (turn < whole_from) | (turn >= whole_to)
+    else:
+        return tl.full((), 0 if stage == 1 else 1, tl.int1)
+
+
+@triton.jit
+def _cut(
+    s, place, least, most, q_id, kv_id, alive,
+    LEAST: tl.constexpr, MOST: tl.constexpr, SEGMENTS: tl.constexpr, ALIVE: tl.constexpr,
+):  # fmt: skip
+    """-inf where position, segment or key say no.
+
+    place: of what moves along while the rest stays; with what stays it is allowed from `least` to `most`.
+    """
+    if MOST:
+        s = tl.where(place <= most, s, NOTHING)
+    if LEAST:
+        s = tl.where(place >= least, s, NOTHING)
     if SEGMENTS:
         s = tl.where(q_id == kv_id, s, NOTHING)
     if ALIVE:
         s = tl.where(alive, s, NOTHING)
-    if MASK:
-        s = tl.where(seen != 0, s, NOTHING)
-    return s, capped
+    return s
 
 
 @triton.jit
@@ -440,29 +449,28 @@ def forward(
         of_q, of_mask, of_bias = local[:, None] * QN, local[:, None] * mi, local[:, None] * bi
     alive_rows = rows < i_end
     tile_q = _load(q, of_q, tl.arange(0, BD)[None, :], alive_rows[:, None], D, BD, False)
-    q_id = _rows_ids(q_ids, b64, rows, I, False, SEGMENTS)
+    q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
 
     LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP  # the factor comes with the exponent
     m = tl.full((BM,), NOTHING, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
-    FROM: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not SPLIT
-    TO: tl.constexpr = SEGMENTS or ALIVE or SPLIT or not EVEN
-    FULL: tl.constexpr = EVEN and not ALIVE  # every block of keys is
-    for stage in tl.static_range(3):  # blocks cut on the left, whole blocks, blocks cut on the right; or by segments
-        if (stage == 1 and not SPLIT) or (stage == 0 and FROM) or (stage == 2 and (RIGHT or TO)):
-            from_block = start if stage == 0 else (whole_from if stage == 1 else whole_to)
-            to_block = whole_from if stage == 0 else (whole_to if stage == 1 else stop)
+    FULL: tl.constexpr = EVEN and not ALIVE  # every block of keys is, so that all may be read in one loop
+    CUTS: tl.constexpr = LEFT or RIGHT or SEGMENTS
+    ONE: tl.constexpr = FULL and CUTS and not SPLIT
+    BEFORE: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not (ONE or SPLIT)
+    AFTER: tl.constexpr = (CUTS or SPLIT or not FULL) and not ONE
+    for stage in tl.static_range(3):  # blocks that may be cut, whole blocks, and blocks that may be cut
+        if (stage == 0 and BEFORE) or (stage == 1 and not SPLIT) or (stage == 2 and AFTER):
+            from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
+            to_block = whole_from if stage == 0 else (whole_to if (stage == 1 and not ONE) else stop)
             for turn in range(from_block, to_block):
                 at = turn + behind
                 if LISTED and (stage != 1):
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
                 begin64 = begin.to(tl.int64)
-                keys, alive, kv_id = _keys(
-                    alive_keys, kv_ids, b64, begin, J, j_end, BN, G, EVEN_KEYS, ALIVE and (stage != 1),
-                    SEGMENTS and (stage != 1),
-                )  # fmt: skip
+                keys, alive = _keys(alive_keys, b64, begin, J, j_end, BN, G, ALIVE and (stage != 1))
                 if MASK:
                     seen = _pairs(
                         mask + begin64 * MJ, of_mask * MASK_UNIT, columns[None, :] * MJ, (rows < I)[:, None],
@@ -482,11 +490,13 @@ def forward(
                     D, BD, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-                s, _ = _tile(
-                    s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                    alive[None, :], seen, added, 1.0 if LATE else factor, cap, stage != 1, LEFT, RIGHT,
-                    SEGMENTS and (stage != 1), (stage != 1) and not FULL, MASK, BIAS, SOFTCAP, PRECISE,
-                )  # fmt: skip
+                s, _ = _logits(s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE)
+                if _is_cut(turn, whole_from, whole_to, stage, ONE):
+                    kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
+                    s = _cut(
+                        s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
+                        alive[None, :], LEFT, RIGHT, SEGMENTS, not FULL,
+                    )  # fmt: skip
                 if LATE:
                     new = tl.maximum(m, tl.max(s, 1) * factor)
                     shift = tl.where(new == NOTHING, 0.0, new)
@@ -650,8 +660,8 @@ def query_gradients(
     BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
     ALIVE: tl.constexpr, LISTED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    THRESHOLD: tl.constexpr, BASE2: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr,
-    WIDEN: tl.constexpr,
+    THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    PRECISE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, over the blocks of keys that the way forward visited."""
     turns = tl.num_programs(0)
@@ -679,26 +689,26 @@ def query_gradients(
     of_row = n.to(tl.int64) * P + rows
     m, slope, one = _known(known, of_row)
     m, slope, one = m[:, None], slope[:, None], one[:, None]
-    q_id = _rows_ids(q_ids, b64, rows, I, False, SEGMENTS)
+    q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
 
-    FROM: tl.constexpr = LEFT or SEGMENTS or ALIVE
-    TO: tl.constexpr = SEGMENTS or ALIVE or not EVEN
     FULL: tl.constexpr = EVEN and not ALIVE
+    CUTS: tl.constexpr = LEFT or RIGHT or SEGMENTS
+    ONE: tl.constexpr = FULL and CUTS and not THRESHOLD
+    BEFORE: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not ONE
+    AFTER: tl.constexpr = (CUTS or not FULL) and not ONE
+    LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP
     acc = tl.zeros((BM, BD), tl.float32)
     for stage in tl.static_range(3):
-        if (stage == 1) or (stage == 0 and FROM) or (stage == 2 and (RIGHT or TO)):
-            from_block = start if stage == 0 else (whole_from if stage == 1 else whole_to)
-            to_block = whole_from if stage == 0 else (whole_to if stage == 1 else stop)
+        if (stage == 0 and BEFORE) or (stage == 1) or (stage == 2 and AFTER):
+            from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
+            to_block = whole_from if stage == 0 else (whole_to if (stage == 1 and not ONE) else stop)
             for turn in range(from_block, to_block):
                 at = turn + behind
                 if LISTED and (stage != 1):
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
                 begin64 = begin.to(tl.int64)
-                keys, alive, kv_id = _keys(
-                    alive_keys, kv_ids, b64, begin, J, j_end, BN, G, EVEN_KEYS, ALIVE and (stage != 1),
-                    SEGMENTS and (stage != 1),
-                )  # fmt: skip
+                keys, alive = _keys(alive_keys, b64, begin, J, j_end, BN, G, ALIVE and (stage != 1))
                 if MASK:
                     seen = _pairs(
                         mask + begin64 * MJ, local[:, None] * mi * MASK_UNIT, columns[None, :] * MJ,
@@ -722,11 +732,15 @@ def query_gradients(
                     DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-                s, capped = _tile(
-                    s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                    alive[None, :], seen, added, factor, cap, stage != 1, LEFT, RIGHT, SEGMENTS and (stage != 1),
-                    (stage != 1) and not FULL, MASK, BIAS, SOFTCAP, PRECISE,
-                )  # fmt: skip
+                s, capped = _logits(s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE)
+                if _is_cut(turn, whole_from, whole_to, stage, ONE):
+                    kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
+                    s = _cut(
+                        s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
+                        alive[None, :], LEFT, RIGHT, SEGMENTS, not FULL,
+                    )  # fmt: skip
+                if LATE:
+                    s = s * factor
                 p = _exp(s - m, BASE2)  # times 1 / total at the end, unless m has it
                 dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if THRESHOLD:
@@ -757,8 +771,8 @@ def key_gradients(
     BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
     ALIVE: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
-    BASE2: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr,
+    WIDEN: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, over the heads that read it and the blocks of queries that see it.
 
@@ -773,7 +787,8 @@ def key_gradients(
     columns, local = tl.arange(0, BN), tl.arange(0, BM)
     i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
     low, high = _reach(q_offset, b, offset, left, right, OFFSET)
-    keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, first, J, j_end, BN, G, EVEN_KEYS, ALIVE, SEGMENTS)
+    keys, alive = _keys(alive_keys, b64, first, J, j_end, BN, G, ALIVE)
+    kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
 
     most = _blocks_up(i_end, BM)
     start, stop = tl.full((), 0, tl.int32), most
@@ -805,6 +820,11 @@ def key_gradients(
         sum_k = tl.zeros((BN, BD), tl.float32)
     if VALUES:
         sum_v = tl.zeros((BN, BDV), tl.float32)
+
+    ONE: tl.constexpr = (LEFT or RIGHT or SEGMENTS) and BD < 128 and BDV < 128 and not THRESHOLD
+    BEFORE: tl.constexpr = (RIGHT or SEGMENTS) and not ONE
+    AFTER: tl.constexpr = (LEFT or SEGMENTS) and not ONE
+    LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP
     for member in range(GROUP):
         h = hk * GROUP + member
         h64 = h.to(tl.int64)
@@ -813,10 +833,10 @@ def key_gradients(
         of_head = (b64 * H + h64) * P
         base_mask = mask + (b64 * mb + h64 * mh) * MASK_UNIT + first64 * MJ
         base_bias = bias + (b64 * bb + h64 * bh) * BIAS_UNIT + first64 * BJ
-        for stage in tl.static_range(3):  # blocks cut on the right, whole blocks, blocks cut on the left
-            if (stage == 1) or ((stage == 0) and (RIGHT or SEGMENTS)) or ((stage == 2) and (LEFT or SEGMENTS)):
-                from_block = start if stage == 0 else (whole_from if stage == 1 else whole_to)
-                to_block = whole_from if stage == 0 else (whole_to if stage == 1 else stop)
+        for stage in tl.static_range(3):  # as forward
+            if (stage == 0 and BEFORE) or (stage == 1) or (stage == 2 and AFTER):
+                from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
+                to_block = whole_from if stage == 0 else (whole_to if (stage == 1 and not ONE) else stop)
                 for turn in range(from_block, to_block):
                     begin = turn * BM
                     begin64 = begin.to(tl.int64)
@@ -846,12 +866,15 @@ def key_gradients(
                     )  # fmt: skip
                     m, slope, one = _known(known, of_head + rows)
                     s = _dot(tile_k, tile_q, tl.zeros((BN, BM), tl.float32), WIDEN)
-                    q_id = _rows_ids(q_ids, b64, rows, I, EVEN, SEGMENTS and (stage != 1))
-                    s, capped = _tile(  # what a key gets that is not alive is thrown away at the end
-                        s, rows[None, :], keys[:, None] - high, keys[:, None] - low, q_id[None, :], kv_id[:, None],
-                        alive[:, None], seen, added, factor, cap, stage != 1, RIGHT, LEFT, SEGMENTS and (stage != 1),
-                        False, MASK, BIAS, SOFTCAP, PRECISE,
-                    )  # fmt: skip
+                    s, capped = _logits(s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE)
+                    if _is_cut(turn, whole_from, whole_to, stage, ONE):
+                        q_id = _ids(q_ids, b64, rows, I, EVEN, SEGMENTS)
+                        s = _cut(  # what a key gets that is not alive is thrown away at the end
+                            s, rows[None, :], keys[:, None] - high, keys[:, None] - low, q_id[None, :], kv_id[:, None],
+                            alive[:, None], RIGHT, LEFT, SEGMENTS, False,
+                        )  # fmt: skip
+                    if LATE:
+                        s = s * factor
                     p = _exp(s - m[None, :], BASE2)
                     if not BASE2:
                         p *= one[None, :]
@@ -929,7 +952,7 @@ def bias_gradients(
         rows = first_i + local
         alive_rows = (rows < i_end)[:, None]
         of_row = (b64 * H + h64) * P + rows
-        keys, alive, kv_id = _keys(alive_keys, kv_ids, b64, first_j, J, j_end, BN, G, EVEN_KEYS, ALIVE, SEGMENTS)
+        keys, alive = _keys(alive_keys, b64, first_j, J, j_end, BN, G, ALIVE)
         added = _pairs(
             bias + (b64 * bb + h64 * bh + i64 * bi) * BIAS_UNIT + j64 * BJ, local[:, None] * bi * BIAS_UNIT,
             columns[None, :] * BJ, (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS,
@@ -958,10 +981,12 @@ def bias_gradients(
             alive[None, :], DV, BDV, False,
         )  # fmt: skip
         s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-        q_id = _rows_ids(q_ids, b64, rows, I, False, SEGMENTS)
-        s, _ = _tile(
+        q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
+        kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
+        s, _ = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, PRECISE)
+        s = _cut(
             s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :], alive[None, :],
-            seen, added, factor, cap, True, LEFT, RIGHT, SEGMENTS, True, MASK, True, SOFTCAP, PRECISE,
+            LEFT, RIGHT, SEGMENTS, True,
         )  # fmt: skip
         m, slope, one = _known(known, of_row)
         p = _exp(s - m[:, None], False) * one[:, None]

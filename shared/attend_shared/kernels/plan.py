@@ -313,7 +313,7 @@ def plan(call: Call, layout: Layout) -> Plan:
          Output("tops", partial, "float32"), *(Output("unused", (1,), "float32", False),) * 2)
         if split else results,
         constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed, "SINKS": call.sinks is not None,
-                     "POSITIVE": call.scale > 0, "EXACT": exact, "SPLIT": split > 0},
+                     "EXACT": exact, "SPLIT": split > 0},
         size.warps, size.stages,
     ))  # fmt: skip
     if split:
@@ -396,7 +396,8 @@ class _Shared:
             "SEGMENTS": call.segments, "Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths,
             "ALIVE": self.ahead.listed, "MASK": self.dense_mask, "BIAS": call.bias is not None,
             "SOFTCAP": call.softcap is not None, "THRESHOLD": threshold(call.dropout) if call.dropout else 0,
-            "BASE2": self.base2, "EVEN": even, "EVEN_KEYS": call.j % size.keys == 0, "PRECISE": call.dtype == "float32",
+            "BASE2": self.base2, "POSITIVE": call.scale > 0, "EVEN": even, "EVEN_KEYS": call.j % size.keys == 0,
+            "PRECISE": call.dtype == "float32",
             "WIDEN": INTERPRETED and call.dtype == "bfloat16",
         }  # fmt: skip
 
@@ -461,7 +462,7 @@ def _backward(
         grid = (_cdiv(j, size.keys) if full_j else 1, _cdiv(i, size.queries) if full_i else 1,
                 (b if full_b else 1) * (h if full_h else 1))  # fmt: skip
         constants = shared.constants(size, False) | more
-        constants = {name: x for name, x in constants.items() if name not in ("BIAS", "BASE2", "EVEN")}
+        constants = {name: x for name, x in constants.items() if name not in ("BIAS", "BASE2", "POSITIVE", "EVEN")}
         launches.append(Launch(
             "bias_gradients", grid, (*base, *saved), (b, h, i, j, rows, *qkv, *shared.pairs, *shared.rest),
             (Output("dbias", call.bias, call.bias_dtype),),
