@@ -460,11 +460,13 @@ def forward(
     ONE: tl.constexpr = FULL and CUTS and not SPLIT
     BEFORE: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not (ONE or SPLIT)
     AFTER: tl.constexpr = (CUTS or SPLIT or not FULL) and not ONE
+    # Loads ahead take registers, with which one more program would fit a multiprocessor.
+    FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or SPLIT)
     for stage in tl.static_range(3):  # blocks that may be cut, whole blocks, and blocks that may be cut
         if (stage == 0 and BEFORE) or (stage == 1 and not SPLIT) or (stage == 2 and AFTER):
             from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
             to_block = whole_from if stage == 0 else (whole_to if (stage == 1 and not ONE) else stop)
-            for turn in range(from_block, to_block):
+            for turn in tl.range(from_block, to_block, num_stages=1 if FEW and (stage != 1) else None):
                 at = turn + behind
                 if LISTED and (stage != 1):
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
@@ -697,12 +699,13 @@ def query_gradients(
     BEFORE: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not ONE
     AFTER: tl.constexpr = (CUTS or not FULL) and not ONE
     LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP
+    FEW: tl.constexpr = ALIVE and BD <= 64 and not PRECISE
     acc = tl.zeros((BM, BD), tl.float32)
     for stage in tl.static_range(3):
         if (stage == 0 and BEFORE) or (stage == 1) or (stage == 2 and AFTER):
             from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
             to_block = whole_from if stage == 0 else (whole_to if (stage == 1 and not ONE) else stop)
-            for turn in range(from_block, to_block):
+            for turn in tl.range(from_block, to_block, num_stages=2 if FEW and (stage != 1) else None):
                 at = turn + behind
                 if LISTED and (stage != 1):
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
