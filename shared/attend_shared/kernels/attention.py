@@ -119,15 +119,108 @@ def _philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def _keep(
-    seed, b, h, rows, quads, threshold: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KEYS_FIRST: tl.constexpr
-):  # fmt: skip
-    """Which weights of a tile dropout keeps: four neighbouring keys have their words drawn at once."""
-    k0, k1 = tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
+def _seed(seed):
+    return tl.load(seed).to(tl.uint32), tl.load(seed + 1).to(tl.uint32)
+
+
+@triton.jit
+def _columns(BLOCK: tl.constexpr, NEAR: tl.constexpr):
+    """The keys of a block in the order of a tile's columns. NEAR: the four keys of a counter of Philox lie where tensor
+    cores have them in one thread, which draws for itself then: columns 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of 16.
+    """
+    columns = tl.arange(0, BLOCK)
+    if NEAR:
+        columns = (columns & -15) | ((columns & 6) << 1) | ((columns & 8) >> 2)
+    return columns
+
+
+@triton.jit
+def _drawn(seed, b, h, rows, quads, R: tl.constexpr, C: tl.constexpr, NEAR: tl.constexpr):
+    """Dropout's words for a tile: four neighbouring keys have theirs drawn at once. NEAR: as in `_columns`."""
+    k0, k1 = _seed(seed)
     h, b, rows, quads = h.to(tl.uint32), b.to(tl.uint32), rows.to(tl.uint32), quads.to(tl.uint32)
     w0, w1, w2, w3 = _philox(quads[None, :], rows[:, None], h, b, k0, k1)
-    keep = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (R, C)) >= threshold
-    return tl.trans(keep) if KEYS_FIRST else keep
+    if NEAR:  # two pairs, not the one of the other: while it has not seen the product the compiler parts neither
+        words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+        words = tl.permute(tl.reshape(words, (R, C // 16, 4, 2, 2)), (0, 1, 4, 2, 3))
+    else:
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(words, (R, C))
+
+
+@triton.jit
+def _where_drawn(word, threshold: tl.constexpr, x):
+    """x where a word is at least the threshold, else 0; in one piece, or the compiler would choose after x is rounded,
+    between halves of registers, and then have to join these.
+    """
+    if INTERPRETED:
+        return tl.where(word >= threshold, x, 0.0)
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .pred p;
+            setp.ge.u32 p, $1, $2;
+            selp.f32 $0, $3, 0f00000000, p;
+        }""",
+        "=f,r,r,f", [word, tl.full((), threshold, tl.uint32), x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _drawn_bits(
+    seed, b, h, rows, quads, threshold: tl.constexpr, QUADS: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr
+):  # fmt: skip
+    """Which words are at least the threshold, for a tile of keys by R queries, a bit each: (PARTS, 1, R), of 4 QUADS
+    keys. rows, quads: the first ones. A thread draws all that go into a number, and only such numbers are moved.
+    """
+    k0, k1 = _seed(seed)
+    place, quad = tl.arange(0, PARTS * R)[None, :], tl.arange(0, QUADS)[:, None]
+    quads, rows = (quads + place // R * QUADS + quad).to(tl.uint32), (rows + place % R).to(tl.uint32)
+    w0, w1, w2, w3 = _philox(quads, rows, h.to(tl.uint32), b.to(tl.uint32), k0, k1)
+    bits = tl.sum(_four_bits(w0, w1, w2, w3, threshold) << (4 * quad), 0)
+    if not INTERPRETED:  # what may have effects is not done again by every thread that needs it
+        bits = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [bits], dtype=tl.int32, is_pure=False, pack=1)
+    return tl.reshape(bits, (PARTS, 1, R))
+
+
+@triton.jit
+def _four_bits(w0, w1, w2, w3, threshold: tl.constexpr):
+    """Bit c: whether word c is at least the threshold."""
+    if INTERPRETED:
+        low = (w0 >= threshold).to(tl.int32) | ((w1 >= threshold).to(tl.int32) << 1)
+        return low | ((w2 >= threshold).to(tl.int32) << 2) | ((w3 >= threshold).to(tl.int32) << 3)
+    # it is where its sum with 2^32 - threshold carries; each carry makes the number longer by a bit
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .u32 n;
+            add.cc.u32 n, $4, $5;
+            addc.u32 $0, 0, 0;
+            add.cc.u32 n, $3, $5;
+            addc.u32 $0, $0, $0;
+            add.cc.u32 n, $2, $5;
+            addc.u32 $0, $0, $0;
+            add.cc.u32 n, $1, $5;
+            addc.u32 $0, $0, $0;
+        }""",
+        "=&r,r,r,r,r,r", [w0, w1, w2, w3, tl.full((), 2**32 - threshold, tl.uint32)], dtype=tl.int32, is_pure=True,
+        pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _where_bit(bits, bit, x):
+    """x where the bit is set, else 0; in one piece as in `_where_drawn`."""
+    if INTERPRETED:
+        return tl.where((bits & bit) != 0, x, 0.0)
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .pred p;
+            .reg .b32 n;
+            and.b32 n, $1, $2;
+            setp.ne.u32 p, n, 0;
+            selp.f32 $0, $3, 0f00000000, p;
+        }""",
+        "=f,r,r,f", [bits, bit, x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -242,12 +335,11 @@ def _visited_keys(
 
 
 @triton.jit
-def _keys(alive_keys, b64, begin, J, j_end, BN: tl.constexpr, G: tl.constexpr, ALIVE: tl.constexpr):
+def _keys(alive_keys, b64, begin, columns, J, j_end, BN: tl.constexpr, G: tl.constexpr, ALIVE: tl.constexpr):
     """A block of keys: which they are, and which of them the item has."""
-    keys = begin + tl.arange(0, BN)
+    keys = begin + columns
     if ALIVE:  # a bit each, of words that all threads have: a byte each would take all registers
         WORD: tl.constexpr = 32 if G > 32 else G
-        columns = tl.arange(0, BN)
         place = alive_keys + b64 * tl.cdiv(J, WORD) + begin // WORD
         word = tl.load(place)
         for part in tl.static_range(1, BN // WORD):
@@ -411,7 +503,8 @@ def forward(
     block = turns - 1 - tl.program_id(0) if RIGHT else tl.program_id(0)  # the longest rows first
     n = tl.program_id(1)
     local = tl.arange(0, BM)
-    columns = tl.arange(0, BN)
+    NEAR: tl.constexpr = THRESHOLD > 0 and not (MASK or BIAS or PRECISE)  # whose rows would be read piece by piece
+    columns = _columns(BN, NEAR)
     first = block * BM
     if SPLIT:
         b, hk = n // (H // GROUP), n % (H // GROUP)
@@ -472,7 +565,7 @@ def forward(
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
                 begin64 = begin.to(tl.int64)
-                keys, alive = _keys(alive_keys, b64, begin, J, j_end, BN, G, ALIVE and (stage != 1))
+                keys, alive = _keys(alive_keys, b64, begin, columns, J, j_end, BN, G, ALIVE and (stage != 1))
                 if MASK:
                     seen = _pairs(
                         mask + begin64 * MJ, of_mask * MASK_UNIT, columns[None, :] * MJ, (rows < I)[:, None],
@@ -510,12 +603,10 @@ def forward(
                 shrink = _exp(m - shift, BASE2)
                 total = total * shrink + tl.sum(p, 1)
                 if THRESHOLD:
-                    quads = begin // 4 + tl.arange(0, BN // 4)
-                    if SPLIT:
-                        keep = _keep(seed, b, heads.to(tl.int32)[:, None], rows, quads, THRESHOLD, BM, BN, False)
-                    else:
-                        keep = _keep(seed, b, n % H, rows, quads, THRESHOLD, BM, BN, False)
-                    p = tl.where(keep, p, 0.0)
+                    quads = at * (BN // 4) + tl.arange(0, BN // 4)
+                    of_rows = heads.to(tl.int32)[:, None] if SPLIT else n % H
+                    words = _drawn(seed, b, of_rows, rows, quads, BM, BN, NEAR)
+                    p = _where_drawn(words, THRESHOLD, p)
                 acc = acc * shrink[:, None]
                 tile_v = _load(
                     v + begin64 * VN, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None],
@@ -673,7 +764,8 @@ def query_gradients(
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
     first = block * BM
     first64 = first.to(tl.int64)
-    rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), tl.arange(0, BN)
+    NEAR: tl.constexpr = THRESHOLD > 0 and not (MASK or BIAS or PRECISE)
+    rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), _columns(BN, NEAR)
     i_end, j_end, low, high, start, whole_from, whole_to, stop, behind = _visited_keys(
         q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
         BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, Q_LENGTHS, KV_LENGTHS,
@@ -711,7 +803,7 @@ def query_gradients(
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
                 begin64 = begin.to(tl.int64)
-                keys, alive = _keys(alive_keys, b64, begin, J, j_end, BN, G, ALIVE and (stage != 1))
+                keys, alive = _keys(alive_keys, b64, begin, columns, J, j_end, BN, G, ALIVE and (stage != 1))
                 if MASK:
                     seen = _pairs(
                         mask + begin64 * MJ, local[:, None] * mi * MASK_UNIT, columns[None, :] * MJ,
@@ -747,8 +839,8 @@ def query_gradients(
                 p = _exp(s - m, BASE2)  # times 1 / total at the end, unless m has it
                 dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if THRESHOLD:
-                    quads = begin // 4 + tl.arange(0, BN // 4)
-                    dp = tl.where(_keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, False), dp, 0.0)
+                    quads = at * (BN // 4) + tl.arange(0, BN // 4)
+                    dp = _where_drawn(_drawn(seed, b, h, rows, quads, BM, BN, NEAR), THRESHOLD, dp)
                 ds = p * (dp - slope)
                 if SOFTCAP:
                     ds *= 1 - capped * capped
@@ -790,7 +882,7 @@ def key_gradients(
     columns, local = tl.arange(0, BN), tl.arange(0, BM)
     i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
     low, high = _reach(q_offset, b, offset, left, right, OFFSET)
-    keys, alive = _keys(alive_keys, b64, first, J, j_end, BN, G, ALIVE)
+    keys, alive = _keys(alive_keys, b64, first, columns, J, j_end, BN, G, ALIVE)
     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
 
     most = _blocks_up(i_end, BM)
@@ -818,6 +910,7 @@ def key_gradients(
     k += (b64 * kb + hk64 * kh) * UNIT + first64 * KN
     v += (b64 * vb + hk64 * vh) * UNIT + first64 * VN
     tile_k = _load(k, columns[:, None] * KN, tl.arange(0, BD)[None, :], alive[:, None], D, BD, False)
+    QUADS: tl.constexpr = BN // 4 if BN < 32 else 8
     if KEYS:
         tile_v = _load(v, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None], DV, BDV, False)
         sum_k = tl.zeros((BN, BD), tl.float32)
@@ -885,15 +978,16 @@ def key_gradients(
                         dp = _dot(tile_v, tl.trans(tile_do), tl.zeros((BN, BM), tl.float32), WIDEN)
                     dropped = p
                     if THRESHOLD:
-                        quads = first // 4 + tl.arange(0, BN // 4)
-                        keep = _keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, True)
-                        dropped = tl.where(keep, p, 0.0)
-                        if KEYS:
-                            dp = tl.where(keep, dp, 0.0)
+                        bits = _drawn_bits(seed, b, h, begin, first // 4, THRESHOLD, QUADS, BN // (4 * QUADS), BM)
+                        bits = tl.reshape(tl.broadcast_to(bits, (BN // (4 * QUADS), 4 * QUADS, BM)), (BN, BM))
+                        dropped = _where_bit(bits, (1 << (columns % (4 * QUADS)))[:, None], p)
                     if VALUES:
                         sum_v = _dot(dropped.to(v.dtype.element_ty), tile_do, sum_v, WIDEN)
                     if KEYS:
-                        ds = p * (dp - slope[None, :])
+                        if THRESHOLD:  # p (dp - slope), dp being dropped as p is
+                            ds = dropped * dp - p * slope[None, :]
+                        else:
+                            ds = p * (dp - slope[None, :])
                         if SOFTCAP:
                             ds *= 1 - capped * capped
                         sum_k = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_q), sum_k, WIDEN)
@@ -955,7 +1049,7 @@ def bias_gradients(
         rows = first_i + local
         alive_rows = (rows < i_end)[:, None]
         of_row = (b64 * H + h64) * P + rows
-        keys, alive = _keys(alive_keys, b64, first_j, J, j_end, BN, G, ALIVE)
+        keys, alive = _keys(alive_keys, b64, first_j, columns, J, j_end, BN, G, ALIVE)
         added = _pairs(
             bias + (b64 * bb + h64 * bh + i64 * bi) * BIAS_UNIT + j64 * BJ, local[:, None] * bi * BIAS_UNIT,
             columns[None, :] * BJ, (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS,
@@ -996,7 +1090,7 @@ def bias_gradients(
         dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
         if THRESHOLD:
             quads = first_j // 4 + tl.arange(0, BN // 4)
-            dp = tl.where(_keep(seed, b, h, rows, quads, THRESHOLD, BM, BN, False), dp, 0.0)
+            dp = _where_drawn(_drawn(seed, b, h, rows, quads, BM, BN, False), THRESHOLD, dp)
         acc += p * (dp - slope[:, None])
 
     acc *= kept
