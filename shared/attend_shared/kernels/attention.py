@@ -72,17 +72,23 @@ def _pairs(base, rows, keys, rows_inside, keys_inside, other: tl.constexpr, WHOL
 
 @triton.jit
 def _one_over(x):
-    """1 / x, x positive, to 1 ulp."""
+    """1 / x, to 1 ulp."""
     if INTERPRETED:
         return 1 / x
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
+def _rest(x, factor):
+    """(tanh(x factor) - 1) / 2."""
+    return _one_over(-1 - tl.exp2(x * (factor * 2.8853900817779268)))
+
+
+@triton.jit
 def _softcap(x, factor, cap, PRECISE: tl.constexpr):
     """cap tanh(x factor), and the tanh."""
-    rest = _one_over(1 + tl.exp2(x * (factor * 2.8853900817779268)))
-    t, capped = 1 - 2 * rest, cap - (2 * cap) * rest
+    rest = _rest(x, factor)
+    t, capped = 1 + 2 * rest, cap + (2 * cap) * rest
     if PRECISE:  # near 0 the difference above loses what the series has
         x *= factor
         y = x * x
@@ -361,11 +367,18 @@ def _ids(ids, b64, n, length, EVEN: tl.constexpr, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _logits(
-    s, seen, added, factor, cap, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISE: tl.constexpr
-):
-    """Products to logits (times log2(e) where BASE2), -inf where a dense mask says so; and tanh of the softcap."""
+    s, seen, added, factor, cap, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISE: tl.constexpr,
+    REST: tl.constexpr,
+):  # fmt: skip
+    """Products to logits (times log2(e) where BASE2), -inf where a dense mask says so; and tanh of the softcap.
+
+    REST: logits less cap, 2 cap r, and r = (tanh - 1) / 2 instead of tanh.
+    """
     capped = s
-    if SOFTCAP:
+    if REST:
+        capped = _rest(s, factor)
+        s = capped * (2 * cap)
+    elif SOFTCAP:
         s, capped = _softcap(s, factor, cap, PRECISE)
     else:
         s = s * factor
@@ -544,7 +557,9 @@ def forward(
     tile_q = _load(q, of_q, tl.arange(0, BD)[None, :], alive_rows[:, None], D, BD, False)
     q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
 
-    LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP  # the factor comes with the exponent
+    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
+    LATE: tl.constexpr = REST or (BASE2 and POSITIVE and not SOFTCAP)  # the factor comes with the exponent
+    late = 2 * cap if REST else factor
     m = tl.full((BM,), NOTHING, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
@@ -585,7 +600,10 @@ def forward(
                     D, BD, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-                s, _ = _logits(s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE)
+                s, _ = _logits(
+                    s, seen, added, 1.0 if LATE and not REST else factor, 0.5 if REST else cap, MASK, BIAS, SOFTCAP,
+                    PRECISE, REST,
+                )  # fmt: skip
                 if _is_cut(turn, whole_from, whole_to, stage, ONE):
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
                     s = _cut(
@@ -593,9 +611,9 @@ def forward(
                         alive[None, :], LEFT, RIGHT, SEGMENTS, not FULL,
                     )  # fmt: skip
                 if LATE:
-                    new = tl.maximum(m, tl.max(s, 1) * factor)
+                    new = tl.maximum(m, tl.max(s, 1) * late)
                     shift = tl.where(new == NOTHING, 0.0, new)
-                    p = tl.exp2(s * factor - shift[:, None])
+                    p = tl.exp2(s * late - shift[:, None])
                 else:
                     new = tl.maximum(m, tl.max(s, 1))
                     shift = tl.where(new == NOTHING, 0.0, new)
@@ -621,6 +639,8 @@ def forward(
                         acc = _dot(rounded, tile_v, acc, WIDEN)
                 m = new
 
+    if REST:
+        m += cap
     if SPLIT:
         place = (n.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * (GROUP * I) + local
         inside = local < GROUP * I
@@ -783,6 +803,10 @@ def query_gradients(
     of_row = n.to(tl.int64) * P + rows
     m, slope, one = _known(known, of_row)
     m, slope, one = m[:, None], slope[:, None], one[:, None]
+    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
+    if REST:
+        m -= cap + 2  # for 4 p; the slope of tanh is -4 (r + r^2), which needs no factor then
+        scale = -scale
     q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
 
     FULL: tl.constexpr = EVEN and not ALIVE
@@ -827,7 +851,7 @@ def query_gradients(
                     DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-                s, capped = _logits(s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE)
+                s, capped = _logits(s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST)
                 if _is_cut(turn, whole_from, whole_to, stage, ONE):
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
                     s = _cut(
@@ -842,7 +866,9 @@ def query_gradients(
                     quads = at * (BN // 4) + tl.arange(0, BN // 4)
                     dp = _where_drawn(_drawn(seed, b, h, rows, quads, BM, BN, NEAR), THRESHOLD, dp)
                 ds = p * (dp - slope)
-                if SOFTCAP:
+                if REST:
+                    ds *= capped + capped * capped
+                elif SOFTCAP:
                     ds *= 1 - capped * capped
                 acc = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_k), acc, WIDEN)
 
@@ -910,6 +936,9 @@ def key_gradients(
     k += (b64 * kb + hk64 * kh) * UNIT + first64 * KN
     v += (b64 * vb + hk64 * vh) * UNIT + first64 * VN
     tile_k = _load(k, columns[:, None] * KN, tl.arange(0, BD)[None, :], alive[:, None], D, BD, False)
+    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
+    if REST:  # as in query_gradients
+        scale = -scale
     QUADS: tl.constexpr = BN // 4 if BN < 32 else 8
     if KEYS:
         tile_v = _load(v, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None], DV, BDV, False)
@@ -962,7 +991,9 @@ def key_gradients(
                     )  # fmt: skip
                     m, slope, one = _known(known, of_head + rows)
                     s = _dot(tile_k, tile_q, tl.zeros((BN, BM), tl.float32), WIDEN)
-                    s, capped = _logits(s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE)
+                    s, capped = _logits(
+                        s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST
+                    )  # fmt: skip
                     if _is_cut(turn, whole_from, whole_to, stage, ONE):
                         q_id = _ids(q_ids, b64, rows, I, EVEN, SEGMENTS)
                         s = _cut(  # what a key gets that is not alive is thrown away at the end
@@ -971,6 +1002,8 @@ def key_gradients(
                         )  # fmt: skip
                     if LATE:
                         s = s * factor
+                    if REST:
+                        m -= cap + 2
                     p = _exp(s - m[None, :], BASE2)
                     if not BASE2:
                         p *= one[None, :]
@@ -988,7 +1021,9 @@ def key_gradients(
                             ds = dropped * dp - p * slope[None, :]
                         else:
                             ds = p * (dp - slope[None, :])
-                        if SOFTCAP:
+                        if REST:
+                            ds *= capped + capped * capped
+                        elif SOFTCAP:
                             ds *= 1 - capped * capped
                         sum_k = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_q), sum_k, WIDEN)
 
@@ -1000,7 +1035,7 @@ def key_gradients(
         places = dk + columns[:, None] * stride_k + lanes_k
         tl.store(places, sum_k.to(dk.dtype.element_ty), mask=inside & (lanes_k < D))
     if VALUES:
-        sum_v = tl.where(alive[:, None], sum_v * kept, 0.0)
+        sum_v = tl.where(alive[:, None], sum_v * (0.25 * kept if REST else kept), 0.0)
         stride_v, lanes_v = HK * DV if BNHD else DV, tl.arange(0, BDV)[None, :]
         dv += (b64 * J * HK + hk64) * DV + first64 * stride_v if BNHD else (n.to(tl.int64) * J + first64) * DV
         places = dv + columns[:, None] * stride_v + lanes_v
@@ -1080,7 +1115,7 @@ def bias_gradients(
         s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
         q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
         kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
-        s, _ = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, PRECISE)
+        s, _ = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, PRECISE, False)
         s = _cut(
             s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :], alive[None, :],
             LEFT, RIGHT, SEGMENTS, True,
