@@ -79,15 +79,39 @@ def _one_over(x):
 
 
 @triton.jit
-def _rest(x, factor):
-    """(tanh(x factor) - 1) / 2."""
-    return _one_over(-1 - tl.exp2(x * (factor * 2.8853900817779268)))
+def _one_over_of_two(x):
+    """1 / x, two neighbours by one reciprocal: 1 / a = b / (a b)."""
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .f32 r;
+            mul.f32 r, $2, $3;
+            rcp.approx.ftz.f32 r, r;
+            mul.f32 $0, r, $3;
+            mul.f32 $1, r, $2;
+        }""",
+        "=&f,=&f,f,f", [x], dtype=tl.float32, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def _rest(x, factor, TOGETHER: tl.constexpr):
+    """(tanh(x factor) - 1) / 2. TOGETHER: four of a row by one reciprocal, so that NaN in one is NaN in all."""
+    x *= factor * 2.8853900817779268
+    if INTERPRETED or not TOGETHER:
+        return _one_over(-1 - tl.exp2(x))
+    else:
+        R: tl.constexpr = x.shape[0]
+        C: tl.constexpr = x.shape[1]
+        x = -1 - tl.exp2(tl.minimum(x, 31.0, propagate_nan=tl.PropagateNan.ALL))  # no product of four is infinite
+        a, b = tl.split(tl.permute(tl.reshape(x, (R, C // 16, 2, 8)), (0, 1, 3, 2)))  # a thread has both
+        r = _one_over_of_two(a * b)
+        return tl.reshape(tl.permute(tl.join(r * b, r * a), (0, 1, 3, 2)), (R, C))
 
 
 @triton.jit
 def _softcap(x, factor, cap, PRECISE: tl.constexpr):
     """cap tanh(x factor), and the tanh."""
-    rest = _rest(x, factor)
+    rest = _rest(x, factor, False)
     t, capped = 1 + 2 * rest, cap + (2 * cap) * rest
     if PRECISE:  # near 0 the difference above loses what the series has
         x *= factor
@@ -368,7 +392,7 @@ def _ids(ids, b64, n, length, EVEN: tl.constexpr, SEGMENTS: tl.constexpr):
 @triton.jit
 def _logits(
     s, seen, added, factor, cap, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISE: tl.constexpr,
-    REST: tl.constexpr,
+    REST: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Products to logits (times log2(e) where BASE2), -inf where a dense mask says so; and tanh of the softcap.
 
@@ -376,7 +400,7 @@ def _logits(
     """
     capped = s
     if REST:
-        capped = _rest(s, factor)
+        capped = _rest(s, factor, TOGETHER)
         s = capped * (2 * cap)
     elif SOFTCAP:
         s, capped = _softcap(s, factor, cap, PRECISE)
@@ -565,7 +589,8 @@ def forward(
     acc = tl.zeros((BM, BDV), tl.float32)
     FULL: tl.constexpr = EVEN and not ALIVE  # every block of keys is, so that all may be read in one loop
     CUTS: tl.constexpr = LEFT or RIGHT or SEGMENTS
-    ONE: tl.constexpr = FULL and CUTS and not SPLIT
+    # One loop, unless a whole block has a reciprocal for four of a row.
+    ONE: tl.constexpr = FULL and CUTS and not (SPLIT or REST)
     BEFORE: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not (ONE or SPLIT)
     AFTER: tl.constexpr = (CUTS or SPLIT or not FULL) and not ONE
     # Loads ahead take registers, with which one more program would fit a multiprocessor.
@@ -602,7 +627,7 @@ def forward(
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
                 s, _ = _logits(
                     s, seen, added, 1.0 if LATE and not REST else factor, 0.5 if REST else cap, MASK, BIAS, SOFTCAP,
-                    PRECISE, REST,
+                    PRECISE, REST, (stage == 1) and not MASK,
                 )  # fmt: skip
                 if _is_cut(turn, whole_from, whole_to, stage, ONE):
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
@@ -811,7 +836,7 @@ def query_gradients(
 
     FULL: tl.constexpr = EVEN and not ALIVE
     CUTS: tl.constexpr = LEFT or RIGHT or SEGMENTS
-    ONE: tl.constexpr = FULL and CUTS and not THRESHOLD
+    ONE: tl.constexpr = FULL and CUTS and not (THRESHOLD or REST)
     BEFORE: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not ONE
     AFTER: tl.constexpr = (CUTS or not FULL) and not ONE
     LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP
@@ -851,7 +876,10 @@ def query_gradients(
                     DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
-                s, capped = _logits(s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST)
+                s, capped = _logits(
+                    s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST,
+                    (stage == 1) and not MASK,
+                )  # fmt: skip
                 if _is_cut(turn, whole_from, whole_to, stage, ONE):
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
                     s = _cut(
@@ -992,7 +1020,7 @@ def key_gradients(
                     m, slope, one = _known(known, of_head + rows)
                     s = _dot(tile_k, tile_q, tl.zeros((BN, BM), tl.float32), WIDEN)
                     s, capped = _logits(
-                        s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST
+                        s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST, False
                     )  # fmt: skip
                     if _is_cut(turn, whole_from, whole_to, stage, ONE):
                         q_id = _ids(q_ids, b64, rows, I, EVEN, SEGMENTS)
@@ -1115,7 +1143,7 @@ def bias_gradients(
         s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
         q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
         kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
-        s, _ = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, PRECISE, False)
+        s, _ = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, PRECISE, False, False)
         s = _cut(
             s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :], alive[None, :],
             LEFT, RIGHT, SEGMENTS, True,
