@@ -98,6 +98,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("forward", 2, 64): Tile(64, 64, 4, 3),
     ("forward", 2, 128): Tile(64, 64, 4, 3),
     ("forward", 2, 256): Tile(128, 64, 8, 2),
+    ("forward with dropout", 2, 64): Tile(64, 64, 4, 2),
     ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("query_gradients", 2, 128): Tile(128, 64, 8, 3),
     ("query_gradients", 2, 256): Tile(128, 64, 8, 1),
@@ -105,6 +106,8 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("key_gradients", 2, 128): Tile(64, 64, 4, 2),
     ("key_gradients", 2, 256): Tile(32, 128, 8, 2),  # dk alone
     ("value_gradients", 2, 256): Tile(64, 128, 8, 2),
+    ("key_gradients with dropout", 2, 128): Tile(32, 64, 4, 3),
+    ("key_gradients with softcap", 2, 128): Tile(32, 64, 4, 3),
     ("bias_gradients", 2, 64): Tile(64, 64, 4, 2),
     ("bias_gradients", 2, 128): Tile(64, 64, 8, 2),
     ("bias_gradients", 2, 256): Tile(64, 32, 8, 1),
@@ -151,7 +154,8 @@ def tile(kernel: str, call: Call, little: bool = False) -> Tile:
     if INTERPRETED:
         return SMALL_TILES[call.i * call.j > 64**2]
     width, size = 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))
-    found = TILES[kernel, width, size]
+    with_what = " with dropout" if call.dropout else " with softcap" if call.softcap is not None else ""
+    found = TILES.get((kernel + with_what, width, size)) or TILES[kernel, width, size]
     if little and width == 2:
         return Tile(min(found.queries, 64 if size < 256 else 32), 32, 4, 2 if size < 256 else 1)
     return found
