@@ -414,32 +414,37 @@ def _logits(
 
 
 @triton.jit
-def _is_cut(turn, whole_from, whole_to, stage: tl.constexpr, ONE: tl.constexpr):
-    """Whether a block is to be looked at: a question only where all are visited in one loop."""
-    if ONE:
-        return (turn < whole_from) | (turn >= whole_to)
-    else:
+def _is_cut(
+    turn, whole_from, whole_to, stage: tl.constexpr, ONE: tl.constexpr, FRONT: tl.constexpr, BEHIND: tl.constexpr
+):
+    """Whether a block is to be looked at: a question only where all are visited in one loop. FRONT, BEHIND: whether
+    there are such before and after whole ones.
+    """
+    if not ONE:
         return tl.full((), 0 if stage == 1 else 1, tl.int1)
+    if FRONT and BEHIND:
+        return (turn < whole_from) | (turn >= whole_to)
+    return turn < whole_from if FRONT else turn >= whole_to
 
 
 @triton.jit
 def _cut(
-    s, place, least, most, q_id, kv_id, alive,
+    x, place, least, most, q_id, kv_id, alive, other: tl.constexpr,
     LEAST: tl.constexpr, MOST: tl.constexpr, SEGMENTS: tl.constexpr, ALIVE: tl.constexpr,
 ):  # fmt: skip
-    """-inf where position, segment or key say no.
+    """x where position, segment and key say yes, else the other.
 
     place: of what moves along while the rest stays; with what stays it is allowed from `least` to `most`.
     """
     if MOST:
-        s = tl.where(place <= most, s, NOTHING)
+        x = tl.where(place <= most, x, other)
     if LEAST:
-        s = tl.where(place >= least, s, NOTHING)
+        x = tl.where(place >= least, x, other)
     if SEGMENTS:
-        s = tl.where(q_id == kv_id, s, NOTHING)
+        x = tl.where(q_id == kv_id, x, other)
     if ALIVE:
-        s = tl.where(alive, s, NOTHING)
-    return s
+        x = tl.where(alive, x, other)
+    return x
 
 
 @triton.jit
@@ -588,10 +593,12 @@ def forward(
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
     FULL: tl.constexpr = EVEN and not ALIVE  # every block of keys is, so that all may be read in one loop
-    CUTS: tl.constexpr = LEFT or RIGHT or SEGMENTS
+    FRONT: tl.constexpr = LEFT or SEGMENTS
+    BEHIND: tl.constexpr = RIGHT or SEGMENTS
+    CUTS: tl.constexpr = FRONT or BEHIND
     # One loop, unless a whole block has a reciprocal for four of a row.
     ONE: tl.constexpr = FULL and CUTS and not (SPLIT or REST)
-    BEFORE: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not (ONE or SPLIT)
+    BEFORE: tl.constexpr = (FRONT or ALIVE) and not (ONE or SPLIT)
     AFTER: tl.constexpr = (CUTS or SPLIT or not FULL) and not ONE
     # Loads ahead take registers, with which one more program would fit a multiprocessor.
     FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or SPLIT)
@@ -629,11 +636,11 @@ def forward(
                     s, seen, added, 1.0 if LATE and not REST else factor, 0.5 if REST else cap, MASK, BIAS, SOFTCAP,
                     PRECISE, REST, (stage == 1) and not MASK,
                 )  # fmt: skip
-                if _is_cut(turn, whole_from, whole_to, stage, ONE):
+                if _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                        alive[None, :], LEFT, RIGHT, SEGMENTS, not FULL,
+                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, not FULL,
                     )  # fmt: skip
                 if LATE:
                     new = tl.maximum(m, tl.max(s, 1) * late)
@@ -835,11 +842,13 @@ def query_gradients(
     q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
 
     FULL: tl.constexpr = EVEN and not ALIVE
-    CUTS: tl.constexpr = LEFT or RIGHT or SEGMENTS
-    ONE: tl.constexpr = FULL and CUTS and not (THRESHOLD or REST)
-    BEFORE: tl.constexpr = (LEFT or SEGMENTS or ALIVE) and not ONE
+    FRONT: tl.constexpr = LEFT or SEGMENTS
+    BEHIND: tl.constexpr = RIGHT or SEGMENTS
+    CUTS: tl.constexpr = FRONT or BEHIND
+    ONE: tl.constexpr = FULL and CUTS and not REST
+    BEFORE: tl.constexpr = (FRONT or ALIVE) and not ONE
     AFTER: tl.constexpr = (CUTS or not FULL) and not ONE
-    LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP
+    LATE: tl.constexpr = BASE2 and POSITIVE and not (SOFTCAP or THRESHOLD)
     FEW: tl.constexpr = ALIVE and BD <= 64 and not PRECISE
     acc = tl.zeros((BM, BD), tl.float32)
     for stage in tl.static_range(3):
@@ -880,15 +889,21 @@ def query_gradients(
                     s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST,
                     (stage == 1) and not MASK,
                 )  # fmt: skip
-                if _is_cut(turn, whole_from, whole_to, stage, ONE):
+                if not THRESHOLD and _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                        alive[None, :], LEFT, RIGHT, SEGMENTS, not FULL,
+                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, not FULL,
                     )  # fmt: skip
                 if LATE:
                     s = s * factor
                 p = _exp(s - m, BASE2)  # times 1 / total at the end, unless m has it
+                if THRESHOLD and _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):  # fewer registers here
+                    kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
+                    p = _cut(
+                        p, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
+                        alive[None, :], 0.0, LEFT, RIGHT, SEGMENTS, not FULL,
+                    )  # fmt: skip
                 dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if THRESHOLD:
                     quads = at * (BN // 4) + tl.arange(0, BN // 4)
@@ -974,9 +989,11 @@ def key_gradients(
     if VALUES:
         sum_v = tl.zeros((BN, BDV), tl.float32)
 
-    ONE: tl.constexpr = (LEFT or RIGHT or SEGMENTS) and BD < 128 and BDV < 128 and not THRESHOLD
-    BEFORE: tl.constexpr = (RIGHT or SEGMENTS) and not ONE
-    AFTER: tl.constexpr = (LEFT or SEGMENTS) and not ONE
+    FRONT: tl.constexpr = RIGHT or SEGMENTS
+    BEHIND: tl.constexpr = LEFT or SEGMENTS
+    ONE: tl.constexpr = (FRONT or BEHIND) and BD < 128 and BDV < 128 and not THRESHOLD
+    BEFORE: tl.constexpr = FRONT and not ONE
+    AFTER: tl.constexpr = BEHIND and not ONE
     LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP
     for member in range(GROUP):
         h = hk * GROUP + member
@@ -1022,11 +1039,11 @@ def key_gradients(
                     s, capped = _logits(
                         s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST, False
                     )  # fmt: skip
-                    if _is_cut(turn, whole_from, whole_to, stage, ONE):
+                    if _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):
                         q_id = _ids(q_ids, b64, rows, I, EVEN, SEGMENTS)
                         s = _cut(  # what a key gets that is not alive is thrown away at the end
                             s, rows[None, :], keys[:, None] - high, keys[:, None] - low, q_id[None, :], kv_id[:, None],
-                            alive[:, None], RIGHT, LEFT, SEGMENTS, False,
+                            alive[:, None], NOTHING, RIGHT, LEFT, SEGMENTS, False,
                         )  # fmt: skip
                     if LATE:
                         s = s * factor
@@ -1146,7 +1163,7 @@ def bias_gradients(
         s, _ = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, PRECISE, False, False)
         s = _cut(
             s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :], alive[None, :],
-            LEFT, RIGHT, SEGMENTS, True,
+            NOTHING, LEFT, RIGHT, SEGMENTS, True,
         )  # fmt: skip
         m, slope, one = _known(known, of_row)
         p = _exp(s - m[:, None], False) * one[:, None]
