@@ -127,13 +127,14 @@ SHORTEST = plain(512, 12, 128, 64)
 FLOAT32 = causal(1, 16, 4096, 64, dtype="float32")
 DENSE = plain(4, 16, 4096, 64, mask=True)
 PIECE = causal(1, 32, 512, 128, hk=8, j=8192)
+SOFTCAP_WINDOW = causal(2, 16, 4096, 128, softcap=50.0, window=1024)
 WORKLOADS = (
     CAUSAL_128, WINDOW, DOCUMENTS, CAUSAL_PADDED, SOFTCAP, DROPOUT_64, BIAS_OF_HEADS, SINKS, DECODING, SHORT, CAUSAL_64,
     FULL_128, FULL_64, GROUPED, WITH_HOLES, PADDED, plain(64, 16, 256, 64), BIAS_OF_ITEMS, DROPOUT_128,
     causal(1, 16, 16384, 128), causal(4, 16, 4096, 96), causal(4, 16, 4096, 256),
     plain(1, 16, 4096, 64, bias=(1, 16, 4096, 4096), backward=False), causal(4, 16, 4096, 64, keys="lengths"),
     causal(4, 16, 4096, 128, lse=True), SHORTEST, DECODING._replace(keys="lengths"), PIECE,
-    plain(64, 12, 512, 64, keys="padding"), DENSE, FLOAT32, causal(2, 16, 4096, 128, softcap=50.0, window=1024),
+    plain(64, 12, 512, 64, keys="padding"), DENSE, FLOAT32, SOFTCAP_WINDOW,
     causal(64, 16, 256, 64),
 )  # fmt: skip
 TRY_OUT = (
@@ -172,6 +173,10 @@ ONLY: dict[str, tuple[Workload, ...]] = {
     "attend flex": (
         CAUSAL_64, FULL_128, WINDOW, DOCUMENTS, CAUSAL_PADDED, PADDED, SOFTCAP, SINKS, DECODING, GROUPED, SHORT, DENSE,
         PIECE,
+    ),
+    "FlexAttention": (
+        CAUSAL_128, CAUSAL_64, FULL_128, WINDOW, DOCUMENTS, CAUSAL_PADDED, PADDED, WITH_HOLES, SOFTCAP, BIAS_OF_HEADS,
+        BIAS_OF_ITEMS, SINKS, DECODING, GROUPED, SHORT, DENSE, PIECE, SOFTCAP_WINDOW,
     ),
     "attend einsum": (BIAS_OF_HEADS, DECODING, SHORT, FLOAT32, SHORTEST),
     "attend xla": (SHORT, SHORTEST, DECODING),
