@@ -600,8 +600,9 @@ def forward(
     ONE: tl.constexpr = FULL and CUTS and not (SPLIT or REST)
     BEFORE: tl.constexpr = (FRONT or ALIVE) and not (ONE or SPLIT)
     AFTER: tl.constexpr = (CUTS or SPLIT or not FULL) and not ONE
-    # Loads ahead take registers, with which one more program would fit a multiprocessor.
-    FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or SPLIT)
+    # Loads ahead take registers, with which one more program would fit a multiprocessor. Not where masks or biases are
+    # read: ptxas 12.8 then ran out of uniform registers, and took a product's address from one that it had used anew.
+    FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or SPLIT or MASK or BIAS)
     for stage in tl.static_range(3):  # blocks that may be cut, whole blocks, and blocks that may be cut
         if (stage == 0 and BEFORE) or (stage == 1 and not SPLIT) or (stage == 2 and AFTER):
             from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
@@ -849,7 +850,7 @@ def query_gradients(
     BEFORE: tl.constexpr = (FRONT or ALIVE) and not ONE
     AFTER: tl.constexpr = (CUTS or not FULL) and not ONE
     LATE: tl.constexpr = BASE2 and POSITIVE and not (SOFTCAP or THRESHOLD)
-    FEW: tl.constexpr = ALIVE and BD <= 64 and not PRECISE
+    FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or MASK or BIAS)  # as forward
     acc = tl.zeros((BM, BD), tl.float32)
     for stage in tl.static_range(3):
         if (stage == 0 and BEFORE) or (stage == 1) or (stage == 2 and AFTER):
