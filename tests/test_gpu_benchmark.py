@@ -334,7 +334,8 @@ def synthetic(times: Callable[[str, str, str], float | None]) -> dict[str, Any]:
         "schema": 1, "machine": {"device": "a GPU", "capability": "9.0"},
         "versions": {"torch": {"torch": "2"}, "jax": {"jax": "0"}},
         "sessions": [
-            {"started": "2026-11-22T00:00:00+00:00", "minutes": 1, "seconds": 60, "repeats": 5, "sources": {"jax": "a"}}
+            {"started": "2026-11-22T00:00:00+00:00", "minutes": 1, "seconds": 60, "repeats": 5,
+             "sources": dict.fromkeys(FRAMEWORKS, "a")}
         ],
         "rates": {"copy GB/s": 3000.0, "product TFLOP/s": 700.0},
         "overheads": {"torch": {"SDPA": [10.0] * 5, CHOICE: [35.0] * 5, f"{CHOICE} triton": [45.0] * 5}},
@@ -391,7 +392,7 @@ def test_a_peer_that_drops_at_another_rate_is_marked() -> None:
 def test_a_run_teaches_orders(tmp_path: Path) -> None:
     """The fastest in the mean comes first; what it writes is a module that says so, and what it loses is said."""
     speed = {"fa4": 1.0, "triton": 1.2, "sdpa": 1.1, "cudnn": 1.1, "flex": 2.0}
-    run = synthetic(lambda framework, entry, mode: speed.get(str(workloads.own(entry)), 5.0))
+    run = synthetic(lambda _, entry, mode: 1.2 if entry == CHOICE else speed.get(str(workloads.own(entry)), 5.0))
     results = Results(run)
     for framework in FRAMEWORKS:
         by_rule = learn.orders(results, framework)

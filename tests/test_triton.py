@@ -7,6 +7,7 @@ The interpreter must be asked for before Triton is imported, so what it runs is 
 import json
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from attend_shared.cases import Case
 from attend_shared.kernels import plan as plans
 from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import triton
+from sass import foreign_addresses
 
 INTERPRETER = Path(__file__).parent / "interpreter.py"
 SHARDS = 4
@@ -180,8 +182,12 @@ def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str], capability:
          "kv_lengths": torch.empty(2, dtype=torch.int64, device="meta"),
          "q_lengths": torch.empty(2, dtype=torch.int64, device="meta"),
          **{name: torch.empty(2, 4, 96, 40, device="meta") for name in "qkv"}},
+        {"is_causal": True, "mask": torch.empty(2, 4, 96, 96, dtype=torch.bool, device="meta"),
+         "q_segment_ids": torch.empty(2, 96, dtype=torch.int32, device="meta"),
+         "kv_lengths": torch.empty(2, dtype=torch.int64, device="meta"),
+         **{name: torch.empty(2, 4, 96, 12, dtype=torch.bfloat16, device="meta") for name in "qkv"}},
     ],
-    ids=["causal", "pairs", "structure in float32"],
+    ids=["causal", "pairs", "structure in float32", "short rows that are not aligned"],
 )  # fmt: skip
 def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
     call = call_of(**options)
@@ -196,10 +202,40 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
     for launch in launches:
         dtypes |= {output.name: output.dtype for output in launch.outputs}
     for launch in launches:
-        code = compile_for_hopper(launch, dtypes).asm["ptx"]
+        compiled = compile_for_hopper(launch, dtypes)
         if launch.kernel in ("forward", "query_gradients", "key_gradients"):
-            assert ("wgmma.mma_async" in code) == (call.dtype == "bfloat16")
-            assert "tf32" not in code
+            assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (call.dtype == "bfloat16")
+            assert "tf32" not in compiled.asm["ptx"]
+            assert foreign_addresses(disassembled(compiled.asm["cubin"])) == []
+
+
+def disassembled(cubin: bytes) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def test_an_address_that_a_parameter_reaches_on_one_way_is_found() -> None:
+    """As ptxas 12.8 made it: register 6 holds the base only where the first loop is run."""
+    listing = """
+        /*0010*/                   ULDC.64 UR6, c[0x0][0x220] ;
+        /*0020*/               @P4 BRA `(.L_x_0) ;
+        /*0030*/                   BRA `(.L_x_1) ;
+.L_x_0:
+        /*0040*/                   USGXT.U32 UR6, UR5, 0xe ;
+        /*0050*/                   UMOV UR7, URZ ;
+.L_x_1:
+        /*0060*/                   UIADD3 UR22, UP0, UR6, 0x20, URZ ;
+        /*0070*/                   UMOV UR23, 0xc0000010 ;
+        /*0080*/                   HGMMA.64x16x16.F32 R56, R28, gdesc[UR20].tnspB, R56 ;
+        /*0090*/                   EXIT ;
+    """
+    assert foreign_addresses(listing) == ["0080: UR6 of ULDC.64 UR6, c[0x0][0x220]"]
+    assert foreign_addresses(listing.replace("@P4 BRA", "BRA")) == []
 
 
 @pytest.mark.parametrize("d", [128, 256])

@@ -59,7 +59,8 @@ TILES_BACK = {
 INSTALLED = find_spec("triton") is not None
 # In torch 2.11 the compiler writes a kernel by strides that arrays of the same program do not have yet, and gives them
 # others: it read lists of blocks of every item but the first from somewhere else. It keeps to them where a product has
-# no other kernel to fall back to. This program has no products; 2.12 keeps to them anyway.
+# no other kernel to fall back to. This program has no products; 2.12 keeps to them anyway. It takes two to three times
+# as long to compile so, and is asked for where the program makes the lists.
 LAYOUTS_FIXED: dict[str, Any] = (
     {"max_autotune_gemm": True, "max_autotune_gemm_backends": "TRITON"} if TORCH == (2, 11) else {}
 )
@@ -188,7 +189,8 @@ def compiled(plan: Plan, any_size: bool) -> Run:
 
     code = run.__code__.replace(co_name=f"flex_{next(_COUNT)}")
     own = types.FunctionType(code, run.__globals__, code.co_name, None, run.__closure__)
-    return torch.compile(own, fullgraph=True, dynamic=None if any_size else False, options=dict(LAYOUTS_FIXED) or None)
+    fixed = LAYOUTS_FIXED if any_size or _by_data(plan.call, plan.mask) or plan.call.offset == "data" else {}
+    return torch.compile(own, fullgraph=True, dynamic=None if any_size else False, options=dict(fixed) or None)
 
 
 _COUNT = itertools.count()
@@ -549,7 +551,12 @@ def _any(mask: Tensor) -> Tensor:
 
 
 def _search(
-    call: Call, mask_fn: Function, reads: frozenset[str], inputs: tuple[Tensor, ...], i: int, j: int,
+    call: Call,
+    mask_fn: Function,
+    reads: frozenset[str],
+    inputs: tuple[Tensor, ...],
+    i: int,
+    j: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The blocks in which a mask_fn allows some pairs, and all: (b|1, h|1, i|1, j|1) each."""
@@ -574,9 +581,7 @@ def _lists(some: Tensor, every: Tensor) -> tuple[Tensor, ...]:
 
 def _block_mask(sizes: tuple[int, int], lists: tuple[Tensor, ...], mask_mod: Function) -> BlockMask:
     look, of_look, full, of_full, look_q, of_look_q, full_q, of_full_q = lists
-    return BlockMask(
-        sizes, look, of_look, full, of_full, look_q, of_look_q, full_q, of_full_q, (SIZE, SIZE), mask_mod
-    )
+    return BlockMask(sizes, look, of_look, full, of_full, look_q, of_look_q, full_q, of_full_q, (SIZE, SIZE), mask_mod)
 
 
 def _listed(dense: Tensor) -> tuple[Tensor, Tensor]:
@@ -588,11 +593,15 @@ def _listed(dense: Tensor) -> tuple[Tensor, Tensor]:
     return dense.sum(-1, dtype=torch.int32), first.to(torch.int32, memory_format=torch.contiguous_format)
 
 
+def _by_data(call: Call, mask_fn: Program | None) -> bool:
+    """Whether data decides which blocks are visited, so that the program makes the lists."""
+    return bool(call.segments or call.q_lengths or call.kv_lengths or call.mask is not None or mask_fn is not None)
+
+
 def _known(plan: Plan, data: Data) -> tuple[Tensor, ...] | None:
     """The lists, where nothing but sizes decides them."""
     call, offset = plan.call, data.arrays.q_offset
-    by_data = call.segments or call.q_lengths or call.kv_lengths or call.mask is not None or plan.mask is not None
-    if by_data or not call.positional or isinstance(offset, Tensor):
+    if _by_data(call, plan.mask) or not call.positional or isinstance(offset, Tensor):
         return None
     only = call._replace(
         dtype="", b=1, h=1, hk=1, d=1, dv=1, layout="", bias=None, bias_dtype=None, offset="", sinks=None,

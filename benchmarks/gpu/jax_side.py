@@ -384,11 +384,12 @@ def check(ready: Prepared, load: Workload, mode: str, expected: dict[str, Array]
 
 
 def calibrate(ready: Prepared, load: Workload, least: float) -> dict[str, Any]:
-    """How many calls of the program in a row make a run."""
+    """How many calls of the program in a row make a run, by what one more call takes."""
     for _ in range(2):
         _in_a_row(ready, 1)
-    whole, _ = _in_a_row(ready, 1)
-    return {"extra": ready.extra, "calls": max(2, min(40, math.ceil(least / whole))) if whole < 0.2 else 1, "host": 0.0}
+    one, three = _in_a_row(ready, 1)[0], _in_a_row(ready, 3)[0]
+    each = max((three - one) / 2, one / 50)
+    return {"extra": ready.extra, "calls": max(2, min(40, math.ceil(least / each))) if one < 0.2 else 1, "host": 0.0}
 
 
 def _in_a_row(ready: Prepared, calls: int) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from attend_shared.call import Arrays, Call, check
 from attend_shared.devices import RULES, rule
-from benchmarks.gpu.report import CLOSE, FRAMEWORKS, RESULTS, Results, costs, is_ours, spread
+from benchmarks.gpu.report import CLOSE, FRAMEWORKS, RESULTS, Results, costs, spread
 from benchmarks.gpu.workloads import CHOICE, MODES, Workload, own, structure
 from benchmarks.gpu.workloads import options as options_of
 
@@ -119,17 +119,18 @@ class Loss(NamedTuple):
 
 
 def measured(results: Results, framework: str) -> dict[str, dict[str, dict[str, dict[str, float]]]]:
-    """By rule, workload and mode: the milliseconds of each of our implementations."""
+    """By rule, workload and mode: the milliseconds of each of our implementations, those of the choice among them."""
     found: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
     for name in results.names():
         load = results.loads[name]
         for mode in MODES:
-            times = {
-                str(own(entry)): median(costs(each))
-                for (its, its_load, entry, its_mode), each in results.records.items()
-                if (its, its_load, its_mode) == (framework, name, mode) and each["runs"] and is_ours(entry)
-            }  # fmt: skip
-            if times:
+            runs: dict[str, list[Any]] = {}
+            for (its, its_load, entry, its_mode), each in results.records.items():
+                who = each["chosen"] if entry == CHOICE else own(entry)
+                if (its, its_load, its_mode) == (framework, name, mode) and each["runs"] and who:
+                    runs.setdefault(who, []).extend(each["runs"])
+            if runs:
+                times = {who: median(costs({"runs": its_runs})) for who, its_runs in runs.items()}
                 found.setdefault(rule(call_of(framework, load)).name, {}).setdefault(name, {})[mode] = times
     return found
 
@@ -195,8 +196,9 @@ def source(results: Results) -> str:
     ]
     lines += [f'        file="docs/results/{RESULTS.name}",', "        versions={"]
     for framework, versions in run["versions"].items():
-        shown = ", ".join(f'"{name}": "{version}"' for name, version in versions.items() if name in SHOWN)
-        lines.append(f'            "{framework}": {{{shown}}},')
+        lines.append(f'            "{framework}": {{')
+        lines += [f'                "{name}": "{version}",' for name, version in versions.items() if name in SHOWN]
+        lines.append("            },")
     lines += ["        },", "        orders={"]
     for framework in FRAMEWORKS:
         lines.append(f'            "{framework}": {{')

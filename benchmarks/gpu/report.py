@@ -237,11 +237,17 @@ def _overheads(results: Results) -> list[Aim]:
 
 
 def _across(results: Results, name: str, most: float) -> list[Aim]:
-    """One implementation in both frameworks."""
+    """One implementation in both frameworks, where both were measured with the same sources."""
     entry, ratios = f"{CHOICE} {name}", {}
     for load in results.names():
         for mode in MODES:
-            if ratio := results.ratio(load, mode, ("jax", entry), ("torch", entry)):
+            ratio = results.ratio(load, mode, ("jax", entry), ("torch", entry))
+            both = [results.records[framework, load, entry, mode]["session"] for framework in FRAMEWORKS if ratio]
+            sources = {
+                results.run["sessions"][session]["sources"].get(framework)
+                for session, framework in zip(both, FRAMEWORKS, strict=False)
+            }
+            if ratio and len(sources) == 1:
                 ratios[load, mode] = ratio.value
     what = f"{name} in JAX against torch"
     if not ratios:
