@@ -166,7 +166,8 @@ def losses(results: Results, framework: str, by_rule: dict[str, tuple[str, ...]]
                 ratio = results.ratio(
                     name, mode, (framework, f"{CHOICE} {taken}"), (framework, f"{CHOICE} {best}"), costs
                 )
-                assert ratio is not None
+                if ratio is None:  # they scatter
+                    continue
                 allowed = max(CLOSE, *(spread(record, costs) for record in both if record))
                 yield Loss(framework, each, name, mode, taken, best, ratio.value - 1, allowed)
 

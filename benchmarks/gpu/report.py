@@ -18,6 +18,7 @@ RESULTS = DOCS / "results" / "gpu-h100.json"
 FRAMEWORKS = ("torch", "jax")
 NAMED = {"torch": "PyTorch", "jax": "JAX"}
 CLOSE = 0.03  # what counts as equal
+SCATTERED = 0.3  # a spread with which a median is not judged by
 COLOURS = ("#0072b2", "#56b4e9", "#333333", "#cc79a7", "#d55e00")
 WORDS = {"forward": "forward", "both": "forward + backward"}
 
@@ -45,6 +46,11 @@ def spread(record: dict[str, Any], by: By = times) -> float:
     cut = len(ordered) // 4
     inner = ordered[cut : len(ordered) - cut]
     return (inner[-1] - inner[0]) / median(ordered)
+
+
+def tells(record: dict[str, Any]) -> bool:
+    """Whether there are runs, and they do not scatter so much that their median says nothing."""
+    return bool(record["runs"]) and spread(record) <= SCATTERED
 
 
 def number(value: float) -> str:
@@ -103,9 +109,9 @@ class Results:
                     each.update(runs=[], not_run=f"it computes something else: it drops {found:.3f}, not {dropout}")
 
     def get(self, framework: str, name: str, entry: str, mode: str) -> dict[str, Any] | None:
-        """The measurement, if there are runs."""
+        """The measurement, if there are runs that tell something."""
         found = self.records.get((framework, name, entry, mode))
-        return found if found and found["runs"] else None
+        return found if found and tells(found) else None
 
     def ms(self, framework: str, name: str, entry: str, mode: str) -> float | None:
         """The median."""
@@ -116,7 +122,7 @@ class Results:
         """The fastest entry among those that `of` lets in."""
         among = [
             (median(by(each)), entry) for (its, load, entry, its_mode), each in self.records.items()
-            if (its, load, its_mode) == (framework, name, mode) and each["runs"] and of(entry)
+            if (its, load, its_mode) == (framework, name, mode) and tells(each) and of(entry)
         ]  # fmt: skip
         return min(among)[1] if among else None
 
@@ -215,7 +221,7 @@ def _decoding(results: Results) -> list[Aim]:
             value = results.ms(framework, load.name, entry, "forward")
             what = f"{entry} in {NAMED[framework]}, {load.name}, against reading k and v once"
             if value is None or copied is None:
-                found.append(Aim(what, "at most 1.1x", "not run", None))
+                found.append(Aim(what, "at most 1.1x", "not told", None))
             else:
                 once = 2 * load.b * load.hk * load.j * load.d * 2 / copied / 1e6
                 found.append(Aim(what, "at most 1.1x", f"{value / once:.2f}x of {once:.3f} ms", value <= 1.1 * once))
@@ -232,7 +238,7 @@ def _overheads(results: Results) -> list[Aim]:
             reached = f"{more:.0f} us beyond the {median(known['SDPA']):.0f} of SDPA"
             found.append(Aim(f"{entry} launched from torch", "under 30 us beyond SDPA", reached, more < 30))
         elif not entry.endswith("fa4"):
-            found.append(Aim(f"{entry} launched from torch", "under 30 us beyond SDPA", "not run", None))
+            found.append(Aim(f"{entry} launched from torch", "under 30 us beyond SDPA", "not told", None))
     return found
 
 
@@ -251,7 +257,7 @@ def _across(results: Results, name: str, most: float) -> list[Aim]:
                 ratios[load, mode] = ratio.value
     what = f"{name} in JAX against torch"
     if not ratios:
-        return [Aim(what, f"at most {most:g}x its time, everywhere", "not run", None)]
+        return [Aim(what, f"at most {most:g}x its time, everywhere", "not told", None)]
     late = {key: value for key, value in ratios.items() if value > most}
     (load, mode), worst = max(ratios.items(), key=lambda each: each[1])
     middle = median(ratios.values())
@@ -502,7 +508,8 @@ def summary(results: Results) -> str:
     """How many aims were met."""
     found = aims(results)
     met, late, left = ([each for each in found if each.met is verdict] for verdict in (True, False, None))
-    return f"Of {len(found)} aims {len(met)} are met, {len(late)} missed, and {len(left)} not measured."
+    verdict = f"{len(met)} are met, {len(late)} missed, and {len(left)} not measured or too scattered"
+    return f"Of {len(found)} aims {verdict}."
 
 
 def _only(run: dict[str, Any], session: int) -> str:
