@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,17 @@ settings.load_profile("attend")
 
 # A program that test_triton.py runs in processes of their own: it sets what Triton looks at when it is imported.
 collect_ignore = ["interpreter.py"]
+
+
+@pytest.fixture(scope="module")
+def compile_fast() -> Iterator[None]:
+    """JAX's programs are made in less time and run in more, for modules whose programs run once."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def require(package: str) -> Path:

@@ -1,6 +1,5 @@
 """Dropout drops the same weights everywhere, independently, in the right share, with the right gradient."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -55,13 +54,8 @@ IMPLEMENTATIONS = [(framework, name) for framework in ("torch", "jax") for name 
 EACH = pytest.mark.parametrize(("framework", "implementation"), IMPLEMENTATIONS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast() -> Iterator[None]:
-    """What is tested here are bits, and a compilation for each shape."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# What is tested here are bits, and a compilation for each shape.
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 # The same bits.

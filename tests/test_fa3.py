@@ -6,7 +6,6 @@ for it.
 
 import ast
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -175,12 +174,8 @@ def test_sizes(d: int, dv: int, expected: int) -> None:
     assert flash.size(call, fa3.PACKAGE) == expected
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast() -> Iterator[None]:
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# Each program runs once.
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 @pytest.fixture

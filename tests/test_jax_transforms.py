@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,8 @@ SERVING = [name for name, reason in explain(*[np.zeros((B, H, N, D), np.float32)
 EACH = pytest.mark.parametrize("implementation", SERVING)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast() -> Iterator[None]:
-    """What is tested here is which programs are made; parity tests run them as XLA makes them by default."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# What is tested here is which programs are made; parity tests run them as XLA makes them by default.
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 def draw(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:

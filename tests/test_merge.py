@@ -1,7 +1,6 @@
 """merge joins partial results over split keys to what one call over all keys gives, gradients included."""
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,13 +17,8 @@ B, H, HK, I, J, D = 2, 4, 2, 5, 12, 8  # noqa: E741
 FRAMEWORKS = pytest.mark.parametrize("framework", ["torch", "jax"])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast() -> Iterator[None]:
-    """Each program runs once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# Each program runs once.
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 def draw(*shape: int, seed: int = 0) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -29,13 +28,8 @@ MASK = RNG.random((B, N)) < 0.7
 FIVE = 5  # standard deviations
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast() -> Iterator[None]:
-    """What is tested here is what reaches attend: each program runs once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# What is tested here is what reaches attend: each program runs once.
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 def equal_logits(n: int = 16) -> tuple[np.ndarray, ...]:

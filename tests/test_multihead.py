@@ -56,13 +56,8 @@ RULES = {
 FLOAT64, FLOAT32 = 1e-14, 3e-6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast() -> Iterator[None]:
-    """Each program runs once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# Each program runs once.
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 class Case(NamedTuple):
