@@ -59,10 +59,16 @@ def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
     return q_ids.astype(dtype), kv_ids.astype(dtype)
 
 
-def varying(x: jax.Array, like: jax.Array) -> jax.Array:
+def _in_shard_map() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying(arrays: Any, like: jax.Array) -> Any:
     """The same values, typed in a shard_map as varying between the devices that `like` varies between, too."""
+    if not _in_shard_map():
+        return arrays
     any_number = like[(slice(1),) * like.ndim].astype(jnp.float32).sum()  # 0 of an empty array
-    return jnp.where(False, any_number.astype(x.dtype), x)
+    return jax.tree.map(lambda x: jnp.where(False, any_number.astype(x.dtype), x), arrays)
 
 
 def alike(arrays: Any) -> Any:
@@ -71,11 +77,11 @@ def alike(arrays: Any) -> Any:
     What a loop or a kernel makes of them is then typed as each of them is, and their gradients are summed over devices.
     XLA drops the choice that this is written as.
     """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
+    if not _in_shard_map():
         return arrays
     first = (varying(jnp.zeros(()), jax.lax.stop_gradient(x)) for x in jax.tree.leaves(arrays))
     all_of = functools.reduce(jnp.add, first)
-    return jax.tree.map(lambda x: varying(x, all_of), arrays)
+    return varying(arrays, all_of)
 
 
 def indices(call: Call) -> tuple[jax.Array, jax.Array]:

@@ -292,7 +292,7 @@ def _forward(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array, Ar
 
             m = jnp.broadcast_to(sinks[head], (queries.size,))
             start = m, jnp.where(m == -jnp.inf, 0, jnp.ones_like(m)), jnp.zeros((queries.size, call.dv), wide)
-            m, total, out = lax.fori_loop(0, count, visit, tuple(varying(x, rows) for x in start))
+            m, total, out = lax.fori_loop(0, count, visit, varying(start, rows))
             return out / jnp.where(total == 0, 1, total)[:, None], m, total
 
         return _each(of_block, jnp.arange(tiles.group * queries.count, dtype=jnp.int32))
@@ -381,7 +381,7 @@ def _backward(
         # Transposed, since products whose result has many columns and few rows are twice as fast on a CPU.
         empty = (jnp.zeros((keys.count, size, keys.size), wide) for size in (call.d, call.dv))
         turns = jnp.arange(tiles.group * queries.count, dtype=jnp.int32)
-        start: Any = (*(varying(x, q) for x in empty), dbias)
+        start: Any = (*varying(tuple(empty), q), dbias)
         swept: Any = lax.scan(of_block, start, turns)
         (dk, dv, dbias), dq = swept
         return dbias, (dq, (dk * call.scale).astype(floats.k.dtype), dv.astype(floats.v.dtype))

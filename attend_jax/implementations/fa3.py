@@ -79,7 +79,7 @@ def _forward(call: Call, arrays: Arrays) -> tuple[Array, ...]:
 
     q, k, v = (x.swapaxes(1, 2) for x in arrays[:3])
     out, lse = _forward3(q, k, v, None, None, *_asked(call))  # items one beside the other, not packed
-    return _typed(arrays, (out.swapaxes(1, 2), lse))
+    return varying((out.swapaxes(1, 2), lse), arrays.q)  # of which a kernel says nothing
 
 
 def _gradients(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array) -> tuple[Array, ...]:
@@ -88,11 +88,4 @@ def _gradients(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array) 
 
     dout, q, k, v, out = (x.swapaxes(1, 2) for x in (dout, *arrays[:3], out))
     found = _backward3(dout, q, k, v, out, lse, None, None, *_asked(call))
-    return _typed(arrays, tuple(x.swapaxes(1, 2) for x in found))
-
-
-def _typed(arrays: Arrays, made: tuple[Array, ...]) -> tuple[Array, ...]:
-    """What a kernel made, which says nothing of the devices that it varies between, typed as what it was made of."""
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return made
-    return tuple(varying(x, arrays.q) for x in made)
+    return varying(tuple(x.swapaxes(1, 2) for x in found), arrays.q)

@@ -184,8 +184,7 @@ def _run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
             out_shape=[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for _, shape, dtype, _ in launch.outputs],
             num_warps=launch.warps, num_stages=launch.stages, **launch.constants,
         )  # fmt: skip
-        if jax.sharding.get_abstract_mesh().manual_axes:  # of which a launch says nothing
-            made = [varying(x, nothing) for x in made]
+        made = varying(made, nothing)  # of which a launch says nothing
         arrays.update(zip((output.name for output in launch.outputs), made, strict=True))
 
 

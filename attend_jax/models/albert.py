@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from attend_jax.models.bert import with_head
 from attend_jax.models.blocks import ACTIVATIONS
-from attend_jax.models.encoder import HEADS, Encoder, EncoderSizes, check
-from attend_jax.models.family import Family, Plan, under, unread
+from attend_jax.models.encoder import HEADS, EncoderSizes, check
+from attend_jax.models.family import Family, Plan, unread
 from attend_jax.models.options import MOST_LAYERS, Options
 from attend_shared.rules import attention, embedding, layer_norm, linear
 
@@ -46,20 +47,7 @@ def plan(options: Options, architecture: str) -> Plan:
         *layer_norm(f"{there}.full_layer_layer_norm", f"{here}.mlp_norm"),
         *(linear("pooler", "pooler") if sizes.pooled else unread("pooler")),
     ]
-    prefix = "albert." if head else ""
-    rules = under(prefix, rules) + {
-        "": [],
-        "vocabulary": [
-            *linear("predictions.dense", "head.dense"),
-            *layer_norm("predictions.LayerNorm", "head.norm"),
-            "predictions.bias <-> head.bias",
-            "predictions.decoder.bias = predictions.bias",
-            "predictions.decoder.weight = albert.embeddings.word_embeddings.weight",
-            *unread("sop_classifier.classifier"),  # of the class that it was pretrained as
-        ],
-        "span": linear("qa_outputs", "head"),
-    }.get(head, linear("classifier", "head"))
-    return Plan(lambda dtype, rngs: Encoder(sizes, dtype, rngs), rules, {"h": sizes.heads}, prefix)
+    return with_head(sizes, rules, "albert", "predictions", "predictions", "sop_classifier.classifier")
 
 
 FAMILY = Family("albert", "ALBERT", tuple(f"Albert{end}" for end in HEADS), plan)

@@ -48,16 +48,30 @@ def plan(options: Options, architecture: str) -> Plan:
         *layer_norm(f"{there}.output.LayerNorm", f"{here}.mlp_norm"),
         *(linear("pooler.dense", "pooler") if sizes.pooled else unread("pooler.dense")),
     ]
-    prefix = "bert." if head else ""
+    return with_head(sizes, rules, "bert", "cls.predictions", "cls.predictions.transform", "cls.seq_relationship")
+
+
+def with_head(
+    sizes: EncoderSizes, rules: list[str], family: str, predictions: str, transform: str, pretrained: str
+) -> Plan:
+    """The plan of an encoder whose rules are these, alone or below a head.
+
+    Args:
+        family: what an encoder below a head is called.
+        predictions, transform: of the head for a vocabulary, what has its bias, and what comes before.
+        pretrained: a head that is not built, of the class that it was pretrained as.
+    """
+    head = sizes.head
+    prefix = f"{family}." if head else ""
     rules = under(prefix, rules) + {
         "": [],
         "vocabulary": [
-            *linear("cls.predictions.transform.dense", "head.dense"),
-            *layer_norm("cls.predictions.transform.LayerNorm", "head.norm"),
-            "cls.predictions.bias <-> head.bias",
-            "cls.predictions.decoder.bias = cls.predictions.bias",
-            "cls.predictions.decoder.weight = bert.embeddings.word_embeddings.weight",
-            *unread("cls.seq_relationship"),  # of the class that it was pretrained as
+            *linear(f"{transform}.dense", "head.dense"),
+            *layer_norm(f"{transform}.LayerNorm", "head.norm"),
+            f"{predictions}.bias <-> head.bias",
+            f"{predictions}.decoder.bias = {predictions}.bias",
+            f"{predictions}.decoder.weight = {family}.embeddings.word_embeddings.weight",
+            *unread(pretrained),
         ],
         "span": linear("qa_outputs", "head"),
     }.get(head, linear("classifier", "head"))

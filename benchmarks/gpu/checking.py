@@ -21,6 +21,13 @@ class Unsupported(Exception):
     """An entry has no such call, or computes something else; the reason is a result."""
 
 
+def refuse(*lacking: tuple[Any, str]) -> None:
+    """Raise Unsupported at the first thing that a workload has and a peer lacks: (what it has of it, a word for it)."""
+    for what, word in lacking:
+        if what:
+            raise Unsupported(f"it has no {word}")
+
+
 class Part(NamedTuple):
     """What is compared: a batch item, the one with the most ruled out, so many query heads, the rows from one on."""
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.checking import Unsupported, allowed, compared, sliced
+from benchmarks.gpu.checking import Unsupported, allowed, compared, refuse, sliced
 from benchmarks.gpu.workloads import CHOICE, FOLDER, REFERENCE, SEED, Workload, options, own, structure
 
 PACKAGES = (
@@ -169,9 +169,7 @@ def _named(load: Workload, inputs: Data, full: bool, as_lengths: bool) -> tuple[
 
 
 def _jax_nn(implementation: str, load: Workload, inputs: Data) -> tuple[Callable[..., Any], dict[str, Array]]:
-    for what, word in ((load.softcap, "softcap"), (load.sinks, "sinks"), (load.dropout, "dropout")):
-        if what:
-            raise Unsupported(f"it has no {word}")
+    refuse((load.softcap, "softcap"), (load.sinks, "sinks"), (load.dropout, "dropout"))
     if load.lse:
         raise Unsupported("it has no lse")
     if implementation == "xla" and load.logits > LARGEST:
@@ -190,9 +188,7 @@ def _tokamax(load: Workload, inputs: Data) -> tuple[Callable[..., Any], dict[str
         import tokamax
     except ImportError as error:
         raise Unsupported(f"it is not installed ({error})") from error
-    for what, word in ((load.sinks, "sinks"), (load.dropout, "dropout"), (load.lse, "lse")):
-        if what:
-            raise Unsupported(f"it has no {word}")
+    refuse((load.sinks, "sinks"), (load.dropout, "dropout"), (load.lse, "lse"))
     asked, given = _named(load, inputs, full=False, as_lengths=False)
     if load.softcap is not None:
         asked["logits_soft_cap"] = load.softcap
@@ -224,12 +220,10 @@ def _fa4(load: Workload, inputs: Data) -> tuple[Callable[..., Any], dict[str, Ar
         import fa4_jax
     except ImportError as error:
         raise Unsupported(f"it is not installed ({error})") from error
-    for what, word in (
+    refuse(
         (load.softcap, "softcap"), (load.sinks, "sinks"), (load.dropout, "dropout"), (load.bias, "bias"),
         (load.dtype == "float32", "float32"), (load.mask or load.keys in ("padding", "holes"), "key mask"),
-    ):  # fmt: skip
-        if what:
-            raise Unsupported(f"it has no {word}")
+    )  # fmt: skip
     asked: dict[str, Any] = {"causal": load.causal, "return_lse": load.lse}
     if load.window is not None:
         asked["window_size"] = (load.window - 1, 0)
@@ -254,12 +248,10 @@ def _fa3(load: Workload, inputs: Data) -> tuple[Callable[..., Any], dict[str, Ar
         import dew_flash_attn as fa3
     except ImportError as error:
         raise Unsupported(f"it is not installed ({error})") from error
-    for what, word in (
+    refuse(
         (load.softcap, "softcap"), (load.dropout, "dropout"), (load.bias, "bias"), (load.dtype == "float32", "float32"),
         (load.mask or load.keys, "key mask, nor lengths of keys alone"), (load.lse, "lse"),
-    ):  # fmt: skip
-        if what:
-            raise Unsupported(f"it has no {word}")
+    )  # fmt: skip
     asked: dict[str, Any] = {"is_causal": load.causal}
     if load.window is not None:
         asked["window_size"] = (load.window - 1, 0)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.checking import Unsupported, allowed, compared, sliced
+from benchmarks.gpu.checking import Unsupported, allowed, compared, refuse, sliced
 from benchmarks.gpu.workloads import CHOICE, SEED, Workload, options, own, structure
 
 Tensor = torch.Tensor
@@ -170,9 +170,7 @@ def _dense(load: Workload, inputs: Data) -> Tensor:
 def _sdpa(backend: str, load: Workload, inputs: Data) -> tuple[Callable[..., Any], Callable[[], Any]]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    for what, word in ((load.softcap, "softcap"), (load.sinks, "sinks"), (load.lse, "lse")):
-        if what:
-            raise Unsupported(f"it has no {word}")
+    refuse((load.softcap, "softcap"), (load.sinks, "sinks"), (load.lse, "lse"))
     mask = _dense(load, inputs) if _rules(load) else None
     asked: dict[str, Any] = {
         "is_causal": load.causal and mask is None, "dropout_p": load.dropout, "enable_gqa": load.h != load.hk
@@ -252,9 +250,7 @@ def _fa4(load: Workload, inputs: Data) -> Callable[..., Any]:
         from flash_attn.cute import interface as fa4
     except ImportError as error:
         raise Unsupported(f"it is not installed ({error})") from error
-    for what, word in ((load.dropout, "dropout"), (load.bias, "bias"), (load.mask, "mask (i, j)")):
-        if what:
-            raise Unsupported(f"it has no {word}")
+    refuse((load.dropout, "dropout"), (load.bias, "bias"), (load.mask, "mask (i, j)"))
     if load.keys in ("holes", "padding"):
         raise Unsupported("it has no key mask; with padding as lengths it has a row of its own")
     if load.dtype == "float32":

@@ -403,8 +403,7 @@ class _Shared:
         call = self.call
         return {
             "GROUP": call.h // call.hk, "D": call.d, "DV": call.dv, "BD": self._lanes(call.d),
-            "BDV": self._lanes(call.dv),
-            "BM": size.queries, "BN": size.keys, "G": self.ahead.group, "UNIT": self.unit,
+            "BDV": self._lanes(call.dv), "BM": size.queries, "BN": size.keys, "G": self.ahead.group, "UNIT": self.unit,
             "QN": self.layout.q[2], "KN": self.layout.k[2], "VN": self.layout.v[2],
             "MASK_UNIT": self.mask_unit, "MJ": self.mask[3], "BIAS_UNIT": self.bias_unit, "BJ": self.bias[3],
             "LEFT": call.left is not None, "RIGHT": call.right is not None, "OFFSET": self.layout.offset,
@@ -412,8 +411,7 @@ class _Shared:
             "ALIVE": self.ahead.listed, "MASK": self.dense_mask, "BIAS": call.bias is not None,
             "SOFTCAP": call.softcap is not None, "THRESHOLD": threshold(call.dropout) if call.dropout else 0,
             "BASE2": self.base2, "POSITIVE": call.scale > 0, "EVEN": even, "EVEN_KEYS": call.j % size.keys == 0,
-            "PRECISE": call.dtype == "float32",
-            "WIDEN": INTERPRETED and call.dtype == "bfloat16",
+            "PRECISE": call.dtype == "float32", "WIDEN": INTERPRETED and call.dtype == "bfloat16",
         }  # fmt: skip
 
 
