@@ -288,6 +288,28 @@ def test_a_workload_that_is_cut_short_counts_as_not_run(
     assert len([do for do, _ in Fake.made[0].asked if do == "run"]) > 10
 
 
+def test_what_takes_minutes_to_compile_is_compiled_ahead_of_time_or_left_out(
+    fake: type[Fake], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = workloads.CAUSAL_64
+    monkeypatch.setattr(Fake, "deadly", ("attend flex",))
+    run = Run(tmp_path / "gpu.json", 1, 5, tmp_path)
+    run.warm(("torch",), [load], 1, 10)
+    assert [entry for do, entry in Fake.made[0].asked if do == "warm"][-1] == "attend flex"
+    assert run.uncompiled == set()
+    late = Run(tmp_path / "gpu.json", 1, 5, tmp_path)
+    late.warm(("torch",), [load], 1, 0)
+    assert late.uncompiled == {("torch", load.name, "attend flex")}
+    found = measured_by(late, load)
+    assert found["attend flex", "both"]["not_run"] == command.NOT_COMPILED
+    assert len(found["attend fa4", "both"]["runs"]) == 5
+    again = Run(tmp_path / "gpu.json", 1, 5, tmp_path)
+    again.resume()
+    made = len(Fake.made)
+    again.warm(("torch",), [load], 1, 10)
+    assert [do for worker in Fake.made[made:] for do, _ in worker.asked] == []  # it is measured
+
+
 def conforms(run: dict[str, Any]) -> None:
     """Every measurement is whole: runs with all their figures, or a reason why there are none."""
     assert set(run) == FACTS

@@ -34,6 +34,8 @@ LEAST = {"torch": 0.01, "jax": 0.004}  # seconds that the calls of a run take at
 SHORTEST = 3  # seconds without which no workload is begun
 FRAMEWORKS = ("torch", "jax")
 QUICK = (CHOICE, "SDPA", "SDPA cuDNN", "SDPA flash", "SDPA efficient", "attend sdpa")  # there is nothing to compile
+SLOW = ("attend flex",)  # compiles for a minute where it is given lists of blocks: only ahead of time, and last
+NOT_COMPILED = "compiling it took longer than there was for it"
 PATIENCE = 90  # seconds for compiling and checking an entry
 BROKEN = re.compile(r"CUDA error|CUDA_ERROR|illegal (memory|instr)|misaligned|unspecified launch")  # of a context
 
@@ -45,6 +47,7 @@ class Run:
         self.path, self.repeats = path, repeats
         self.started = time.monotonic()
         self.end = self.started + 60 * minutes
+        self.uncompiled: set[tuple[str, str, str]] = set()
         self.environment = {
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3", FOLDER: str(programs),
             "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1",
@@ -150,7 +153,9 @@ class Run:
         self, framework: str, load: Workload, found: dict[str, dict[str, dict[str, Any]]], worker: Worker, end: float
     ) -> Worker:
         """Fill in the records of a workload; the worker that goes on, another one where an entry broke it."""
-        left = list(found)
+        left = [entry for entry in found if (framework, load.name, entry) not in self.uncompiled]
+        for entry in found.keys() - set(left):
+            self._forget(found[entry].values(), NOT_COMPILED)
         while left and time.monotonic() < end - SHORTEST:
             at: str | None = None  # the entry that is at work
             try:
@@ -216,14 +221,17 @@ class Run:
         for mode, record in records.items():
             record.update({"chosen": answer["chosen"], "not_run": None, **answer["modes"][mode]})
 
-    def warm(self, loads: Sequence[Workload], processes: int, seconds: float) -> None:
-        """Compile in many processes at once, the most important first."""
+    def warm(self, frameworks: Sequence[str], loads: Sequence[Workload], processes: int, seconds: float) -> None:
+        """Compile what is to be measured in many processes at once, the most important first."""
         end = min(time.monotonic() + seconds, self.end)
         todo = [  # what the choice takes is compiled under its own name
             (framework, load, entry)
-            for load in loads for framework in FRAMEWORKS
+            for load in loads for framework in frameworks if not self.is_done(framework, load)
             for entry in (*[REFERENCE] * (framework == "jax"), *entries(framework, load)) if entry not in QUICK
         ]  # fmt: skip
+        todo.sort(key=lambda each: each[2] in SLOW)
+        done: set[tuple[str, str, str]] = set()
+        slow = {(framework, load.name, entry) for framework, load, entry in todo if entry in SLOW}
         lock = threading.Lock()
         failed: list[str] = []
 
@@ -241,18 +249,22 @@ class Run:
                     worker = self.worker(framework)
                 try:
                     worker.ask(end - time.monotonic(), "warm", load=list(mine[1]), entry=mine[2])
+                    done.add((framework, mine[1].name, mine[2]))
                 except Lost as lost:
                     failed.append(f"{mine[2]} {mine[1].name}: {lost}")
+                    if time.monotonic() < end:
+                        done.add((framework, mine[1].name, mine[2]))
                     if worker.process.poll() is not None or BROKEN.search(str(lost)):
                         worker.close()
                         worker = self.worker(framework)
             worker.close()
 
-        threads = [threading.Thread(target=go, args=(FRAMEWORKS[n % 2],)) for n in range(processes)]
+        threads = [threading.Thread(target=go, args=(frameworks[n % len(frameworks)],)) for n in range(processes)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        self.uncompiled = slow - done
         seconds = 60 * self.session["minutes"] - self.left
         click.echo(f"compiled in {seconds:.0f} s, {len(todo)} left, {len(failed)} refused or failed")
 
@@ -289,7 +301,7 @@ def main(
         if resume:
             run.resume()
         if warm:
-            run.warm(loads, warm, warm_seconds)
+            run.warm(asked, loads, warm, warm_seconds)
         for n, framework in enumerate(asked):
             run.measure(framework, loads, time.monotonic() + run.left / (len(asked) - n))
     if not run.results["machine"]:
