@@ -69,7 +69,9 @@ def visits() -> dict[str, list[int]]:
         "documents of 64": {"q_segment_ids": documents},
         "documents in turn": {"q_segment_ids": documents % 2},
         "key mask with a hole": {"mask": hole},
+        "key mask with a hole and a bias": {"mask": hole, "bias": torch.zeros(1, 1, 1, 256)},
         "left padding, causal": {"mask": (torch.arange(256) >= 128)[None], "is_causal": True},
+        "every second key, causal": {"mask": (torch.arange(256) % 2 == 0)[None], "is_causal": True},
     }
     dots = 0
     make = interpreter.InterpreterBuilder.create_dot
@@ -106,7 +108,8 @@ def whole() -> dict[str, list[float] | str]:
     without a look at segments and key masks; or what is wrong with the result.
 
     What they look at is put out of force as soon as it is known which tiles are whole: no key has a segment that a
-    query has, and none is alive. All weights of a row are equal here, and the cotangents make each of them count 1.
+    query has, none is alive, and all that are packed stand where no query sees one. All weights of a row are equal
+    here, and the cotangents make each of them count 1.
     """
     far, n = 2**63 - 1, torch.arange(256)
     foreign, dead = torch.zeros(1, 256, dtype=torch.int64), torch.ones(1, 256, dtype=torch.bool)
@@ -116,7 +119,8 @@ def whole() -> dict[str, list[float] | str]:
         "documents of 96": {"q_segment_ids": n[None] // 96},
         "extreme ids": {"q_segment_ids": torch.where(n < 128, -far - 1, far)[None]},
         "one foreign id": {"q_segment_ids": foreign},
-        "left padding, causal": {"mask": (n >= 70)[None], "is_causal": True},
+        "left padding, causal": {"mask": (n >= 70)[None], "is_causal": True, "bias": torch.zeros(1, 1, 1, 256)},
+        "left padding, packed": {"mask": (n >= 70)[None], "is_causal": True, "q_offset": -1},
         "documents of 128, one dead key": {"q_segment_ids": n[None] // 128, "mask": dead},
     }
     run = triton._run
@@ -129,6 +133,9 @@ def whole() -> dict[str, list[float] | str]:
             kept = {name: arrays[name] for name in names if name in arrays}
             if kernel.launch.kernel in spoilt:
                 arrays |= {name: torch.full_like(x, name == names[0]) for name, x in kept.items()}
+                if kernel.launch.constants["PACKED"]:
+                    kept["listed"] = arrays["listed"]
+                    arrays["listed"] = torch.full_like(kept["listed"], 255)
             run([kernel], arrays)
             arrays |= kept
 

@@ -86,7 +86,9 @@ def test_blocks_that_are_ruled_out_are_not_visited() -> None:
         "documents of 64": [4, 4, 4],
         "documents in turn": [12, 12, 12],  # from the first block that matters to the last
         "key mask with a hole": [8, 8, 8],
+        "key mask with a hole and a bias": [8, 8, 8],
         "left padding, causal": [3, 3, 3],
+        "every second key, causal": [6, 6, 6],
     }
 
 
@@ -98,6 +100,7 @@ def test_whole_blocks_are_not_looked_at() -> None:
         "extreme ids": [8, 8, 8],
         "one foreign id": [3, 3, 3],  # the first run of blocks
         "left padding, causal": [1, 1],
+        "left padding, packed": [1, 1],
         "documents of 128, one dead key": [6, 6, 7.97],  # what a dead key gets is thrown away
     }
 

@@ -63,6 +63,12 @@ def _load(base, rows, columns, alive, D: tl.constexpr, BD: tl.constexpr, WHOLE: 
 
 
 @triton.jit
+def _store(base, rows, columns, x, inside, D: tl.constexpr):
+    """The opposite of `_load`."""
+    tl.store(base + rows + columns, x.to(base.dtype.element_ty), mask=inside & (columns < D))
+
+
+@triton.jit
 def _pairs(base, rows, keys, rows_inside, keys_inside, other: tl.constexpr, WHOLE: tl.constexpr):
     """A tile of what each query has for each key. WHOLE: all its keys are there. rows, keys: where they lie."""
     if WHOLE:
@@ -275,6 +281,22 @@ def _length(lengths, b, most, HAS: tl.constexpr):
 
 
 @triton.jit
+def _below(before, b, x, J, PACKED: tl.constexpr):
+    """How many of the keys that are gone over lie below x. PACKED: they are those that the item has."""
+    if PACKED:
+        return tl.load(before + b.to(tl.int64) * (J + 3) + _within(x, 0, J))
+    return x
+
+
+@triton.jit
+def _ends(kv_lengths, before, b, J, PACKED: tl.constexpr, KV_LENGTHS: tl.constexpr):
+    """How many keys are gone over."""
+    if PACKED:
+        return _below(before, b, J, J, PACKED)
+    return _length(kv_lengths, b, J, KV_LENGTHS)
+
+
+@triton.jit
 def _blocks(x, BLOCK: tl.constexpr):
     """How many whole blocks lie below x."""
     return tl.maximum(x, 0) // BLOCK
@@ -320,24 +342,26 @@ def _hull(bounds, groups_before, block, groups, RATIO: tl.constexpr):
 def _visited_keys(
     q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
     BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr,
-    SEGMENTS: tl.constexpr, LISTED: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
+    SEGMENTS: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, Q_LENGTHS: tl.constexpr,
+    KV_LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Where queries and keys end; the reach of a query; and, for a block of queries, where the blocks of keys begin,
-    are whole, end being whole, and end: in the list of blocks with a key that some query may see, where there is one.
-    And how far a whole block lies behind its place in that list.
+    are whole, end being whole, and end: in the list of blocks with a key that some query may see, where there is one,
+    And how far a whole block lies behind its place in that list. PACKED: where they are whole among the keys that the
+    item has; where these are neighbours as well; and by how many keys those lie behind their place.
     """
     first = block * BM
-    i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
+    i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _ends(kv_lengths, before, b, J, PACKED, KV_LENGTHS)
     low, high = _reach(q_offset, b, offset, left, right, OFFSET)
     most = _blocks_up(j_end, BN)
     start, stop = tl.full((), 0, tl.int32), most
     whole_from, whole_to = tl.full((), 0, tl.int32), _blocks(j_end, BN)
     if LEFT:
-        start = _blocks(first + low, BN)
-        whole_from = _blocks_up(first + BM - 1 + low, BN)
+        start = _blocks(_below(before, b, first + low, J, PACKED), BN)
+        whole_from = _blocks_up(_below(before, b, first + BM - 1 + low, J, PACKED), BN)
     if RIGHT:
-        stop = tl.minimum(stop, _blocks_up(first + BM + high, BN))
-        whole_to = tl.minimum(whole_to, _blocks(first + high + 1, BN))
+        stop = tl.minimum(stop, _blocks_up(_below(before, b, first + BM + high, J, PACKED), BN))
+        whole_to = tl.minimum(whole_to, _blocks(_below(before, b, first + high + 1, J, PACKED), BN))
     if SEGMENTS:
         groups = tl.cdiv(I, G)
         some_from, some_to, same_from, same_to = _hull(bounds, b * (groups + tl.cdiv(J, G)), block, groups, BM // G)
@@ -352,7 +376,13 @@ def _visited_keys(
             whole_from = tl.maximum(whole_from, tl.load(before + blocks + 1))
             whole_to = tl.minimum(whole_to, tl.load(before + blocks + 2))
     start, whole_from, whole_to, stop = _clip(start, whole_from, whole_to, stop, most)
-    behind = tl.full((), 0, tl.int32)
+    seen_from, seen_to, behind = whole_from, whole_to, tl.full((), 0, tl.int32)
+    if PACKED:
+        run = before + b.to(tl.int64) * (J + 3) + J + 1
+        run_from, run_to = tl.load(run), tl.load(run + 1)
+        behind = run_from - _below(before, b, run_from, J, PACKED)
+        whole_from = _within(_blocks_up(run_from - behind, BN), seen_from, seen_to)
+        whole_to = _within(_blocks(run_to - behind, BN), whole_from, seen_to)
     if LISTED:
         behind = whole_from
         start, whole_from = tl.load(before + start), tl.load(before + whole_from)
@@ -361,14 +391,25 @@ def _visited_keys(
     if Q_LENGTHS:  # a block of dead rows visits nothing
         stop = tl.where(first < i_end, stop, start)
         whole_from, whole_to = tl.minimum(whole_from, stop), tl.minimum(whole_to, stop)
-    return i_end, j_end, low, high, start, whole_from, whole_to, stop, behind
+    return i_end, j_end, low, high, start, whole_from, whole_to, stop, behind, seen_from, seen_to
 
 
 @triton.jit
-def _keys(alive_keys, b64, begin, columns, J, j_end, BN: tl.constexpr, G: tl.constexpr, ALIVE: tl.constexpr):
-    """A block of keys: which they are, and which of them the item has."""
+def _keys(
+    alive_keys, listed, b64, begin, columns, J, j_end, BN: tl.constexpr, G: tl.constexpr, ALIVE: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """A block of keys: which they are, which of them the item has, and where they lie, from which row on.
+
+    PACKED: of the keys that the item has; what lies behind the last of these reads as that.
+    """
     keys = begin + columns
-    if ALIVE:  # a bit each, of words that all threads have: a byte each would take all registers
+    of_key, of_block = columns, begin.to(tl.int64)
+    if PACKED:
+        alive = keys < j_end
+        keys = tl.load(listed + b64 * J + tl.minimum(keys, j_end - 1))
+        of_key, of_block = keys.to(tl.int64), tl.full((), 0, tl.int64)
+    elif ALIVE:  # a bit each, of words that all threads have: a byte each would take all registers
         WORD: tl.constexpr = 32 if G > 32 else G
         place = alive_keys + b64 * tl.cdiv(J, WORD) + begin // WORD
         word = tl.load(place)
@@ -377,7 +418,7 @@ def _keys(alive_keys, b64, begin, columns, J, j_end, BN: tl.constexpr, G: tl.con
         alive = ((word >> (columns % WORD)) & 1) != 0
     else:
         alive = keys < j_end
-    return keys, alive
+    return keys, alive, of_key, of_block
 
 
 @triton.jit
@@ -415,13 +456,18 @@ def _logits(
 
 @triton.jit
 def _is_cut(
-    turn, whole_from, whole_to, stage: tl.constexpr, ONE: tl.constexpr, FRONT: tl.constexpr, BEHIND: tl.constexpr
-):
-    """Whether a block is to be looked at: a question only where all are visited in one loop. FRONT, BEHIND: whether
-    there are such before and after whole ones.
+    turn, whole_from, whole_to, stage: tl.constexpr, ONE: tl.constexpr, FRONT: tl.constexpr, BEHIND: tl.constexpr,
+    PACKED: tl.constexpr,
+):  # fmt: skip
+    """Whether a block is to be looked at: a question only where all are visited in one loop, and where whole ones may
+    lie apart (PACKED). FRONT, BEHIND: whether there are such before and after whole ones.
     """
+    if PACKED and stage == 2:
+        return turn >= whole_to
+    if PACKED and stage == 0 and FRONT:
+        return turn < whole_from
     if not ONE:
-        return tl.full((), 0 if stage == 1 else 1, tl.int1)
+        return tl.full((), 0 if (stage == 1 or PACKED) else 1, tl.int1)
     if FRONT and BEHIND:
         return (turn < whole_from) | (turn >= whole_to)
     return turn < whole_from if FRONT else turn >= whole_to
@@ -445,6 +491,18 @@ def _cut(
     if ALIVE:
         x = tl.where(alive, x, other)
     return x
+
+
+@triton.jit
+def _item_and_head(H, SHARED: tl.constexpr):
+    """Which item's which head a program has, in one number. SHARED: all items of a head are under way at once, so that
+    the bias that they share is read from memory once.
+    """
+    n = tl.program_id(1)
+    if SHARED:
+        items = tl.num_programs(1) // H
+        n = n % items * H + n // items
+    return n
 
 
 @triton.jit
@@ -531,7 +589,8 @@ def forward(
     MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
     BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
-    ALIVE: tl.constexpr, LISTED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
+    ALIVE: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    SHARED: tl.constexpr, SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -543,7 +602,7 @@ def forward(
     """
     turns = tl.num_programs(0)
     block = turns - 1 - tl.program_id(0) if RIGHT else tl.program_id(0)  # the longest rows first
-    n = tl.program_id(1)
+    n = _item_and_head(H // GROUP if SPLIT else H, SHARED)
     local = tl.arange(0, BM)
     NEAR: tl.constexpr = THRESHOLD > 0 and not (MASK or BIAS or PRECISE)  # whose rows would be read piece by piece
     columns = _columns(BN, NEAR)
@@ -557,9 +616,9 @@ def forward(
         heads = (n % H).to(tl.int64)
         rows = first + local
     b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
-    i_end, j_end, low, high, start, whole_from, whole_to, stop, behind = _visited_keys(
+    i_end, j_end, low, high, start, whole_from, whole_to, stop, behind, seen_from, seen_to = _visited_keys(
         q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
-        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, Q_LENGTHS, KV_LENGTHS,
+        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, PACKED, Q_LENGTHS, KV_LENGTHS,
     )  # fmt: skip
     if SPLIT:
         part, parts = tl.program_id(2), tl.num_programs(2)
@@ -592,28 +651,38 @@ def forward(
     m = tl.full((BM,), NOTHING, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
-    FULL: tl.constexpr = EVEN and not ALIVE  # every block of keys is, so that all may be read in one loop
+    # every block of keys is, or reads as if it were, so that all may be read in one loop
+    FULL: tl.constexpr = PACKED or (EVEN and not ALIVE)
     FRONT: tl.constexpr = LEFT or SEGMENTS
-    BEHIND: tl.constexpr = RIGHT or SEGMENTS
+    BEHIND: tl.constexpr = RIGHT or SEGMENTS or PACKED
     CUTS: tl.constexpr = FRONT or BEHIND
     # One loop, unless a whole block has a reciprocal for four of a row.
-    ONE: tl.constexpr = FULL and CUTS and not (SPLIT or REST)
-    BEFORE: tl.constexpr = (FRONT or ALIVE) and not (ONE or SPLIT)
+    ONE: tl.constexpr = FULL and CUTS and not (SPLIT or REST or PACKED)
+    APART: tl.constexpr = PACKED and not SPLIT
+    BEFORE: tl.constexpr = (FRONT or ALIVE or PACKED) and not (ONE or SPLIT)
     AFTER: tl.constexpr = (CUTS or SPLIT or not FULL) and not ONE
     # Loads ahead take registers, with which one more program would fit a multiprocessor. Not where masks or biases are
     # read: ptxas 12.8 then ran out of uniform registers, and took a product's address from one that it had used anew.
     FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or SPLIT or MASK or BIAS)
+    # Rows that lie apart: their places come one turn before them, which long ones are to be read two turns ahead.
+    FAR_APART: tl.constexpr = PACKED and BD == 128 and not PRECISE
+    AHEAD: tl.constexpr = 1 if FEW else (5 if FAR_APART else None)
     for stage in tl.static_range(3):  # blocks that may be cut, whole blocks, and blocks that may be cut
         if (stage == 0 and BEFORE) or (stage == 1 and not SPLIT) or (stage == 2 and AFTER):
             from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
             to_block = whole_from if stage == 0 else (whole_to if (stage == 1 and not ONE) else stop)
-            for turn in tl.range(from_block, to_block, num_stages=1 if FEW and (stage != 1) else None):
+            for turn in tl.range(from_block, to_block, num_stages=AHEAD if stage != 1 else None):
                 at = turn + behind
                 if LISTED and (stage != 1):
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
+                if PACKED:
+                    begin = turn * BN + behind if stage == 1 else turn * BN
                 begin64 = begin.to(tl.int64)
-                keys, alive = _keys(alive_keys, b64, begin, columns, J, j_end, BN, G, ALIVE and (stage != 1))
+                keys, alive, of_key, of_block = _keys(
+                    alive_keys, listed, b64, begin, columns, J, j_end, BN, G, ALIVE and (stage != 1),
+                    PACKED and (stage != 1),
+                )  # fmt: skip
                 if MASK:
                     seen = _pairs(
                         mask + begin64 * MJ, of_mask * MASK_UNIT, columns[None, :] * MJ, (rows < I)[:, None],
@@ -629,7 +698,7 @@ def forward(
                 else:
                     added = 0.0
                 tile_k = _load(
-                    k + begin64 * KN, columns[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
+                    k + of_block * KN, of_key[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
                     D, BD, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
@@ -637,11 +706,13 @@ def forward(
                     s, seen, added, 1.0 if LATE and not REST else factor, 0.5 if REST else cap, MASK, BIAS, SOFTCAP,
                     PRECISE, REST, (stage == 1) and not MASK,
                 )  # fmt: skip
-                if _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):
+                if _is_cut(turn, seen_from, seen_to, stage, ONE, FRONT, BEHIND, APART):
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
+                    if PACKED and (LEFT or RIGHT):  # once more, rather than in registers; none behind the last
+                        keys = tl.load(listed + b64 * J + begin + columns, mask=begin + columns < j_end, other=FAR)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, not FULL,
+                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, not (RIGHT if PACKED else FULL),
                     )  # fmt: skip
                 if LATE:
                     new = tl.maximum(m, tl.max(s, 1) * late)
@@ -660,7 +731,7 @@ def forward(
                     p = _where_drawn(words, THRESHOLD, p)
                 acc = acc * shrink[:, None]
                 tile_v = _load(
-                    v + begin64 * VN, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None],
+                    v + of_block * VN, of_key[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None],
                     DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
                 rounded = p.to(v.dtype.element_ty)
@@ -805,23 +876,24 @@ def query_gradients(
     DON: tl.constexpr, MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
     BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
-    ALIVE: tl.constexpr, LISTED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    ALIVE: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    SHARED: tl.constexpr, SOFTCAP: tl.constexpr,
     THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr,
     PRECISE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, over the blocks of keys that the way forward visited."""
     turns = tl.num_programs(0)
     block = turns - 1 - tl.program_id(0) if RIGHT else tl.program_id(0)
-    n = tl.program_id(1)
+    n = _item_and_head(H, SHARED)
     b, h = n // H, n % H
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
     first = block * BM
     first64 = first.to(tl.int64)
     NEAR: tl.constexpr = THRESHOLD > 0 and not (MASK or BIAS or PRECISE)
     rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), _columns(BN, NEAR)
-    i_end, j_end, low, high, start, whole_from, whole_to, stop, behind = _visited_keys(
+    i_end, j_end, low, high, start, whole_from, whole_to, stop, behind, seen_from, seen_to = _visited_keys(
         q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
-        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, Q_LENGTHS, KV_LENGTHS,
+        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, PACKED, Q_LENGTHS, KV_LENGTHS,
     )  # fmt: skip
 
     q += (b64 * qb + h64 * qh) * UNIT + first64 * QN
@@ -842,27 +914,34 @@ def query_gradients(
         scale = -scale
     q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
 
-    FULL: tl.constexpr = EVEN and not ALIVE
+    FULL: tl.constexpr = PACKED or (EVEN and not ALIVE)
     FRONT: tl.constexpr = LEFT or SEGMENTS
-    BEHIND: tl.constexpr = RIGHT or SEGMENTS
+    BEHIND: tl.constexpr = RIGHT or SEGMENTS or PACKED
     CUTS: tl.constexpr = FRONT or BEHIND
-    ONE: tl.constexpr = FULL and CUTS and not REST
-    BEFORE: tl.constexpr = (FRONT or ALIVE) and not ONE
+    ONE: tl.constexpr = FULL and CUTS and not (REST or PACKED)
+    BEFORE: tl.constexpr = (FRONT or ALIVE or PACKED) and not ONE
     AFTER: tl.constexpr = (CUTS or not FULL) and not ONE
     LATE: tl.constexpr = BASE2 and POSITIVE and not (SOFTCAP or THRESHOLD)
     FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or MASK or BIAS)  # as forward
+    FAR_APART: tl.constexpr = PACKED and BD == 128 and not PRECISE
+    AHEAD: tl.constexpr = 2 if FEW else (5 if FAR_APART else None)
     acc = tl.zeros((BM, BD), tl.float32)
     for stage in tl.static_range(3):
         if (stage == 0 and BEFORE) or (stage == 1) or (stage == 2 and AFTER):
             from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
             to_block = whole_from if stage == 0 else (whole_to if (stage == 1 and not ONE) else stop)
-            for turn in tl.range(from_block, to_block, num_stages=2 if FEW and (stage != 1) else None):
+            for turn in tl.range(from_block, to_block, num_stages=AHEAD if stage != 1 else None):
                 at = turn + behind
                 if LISTED and (stage != 1):
                     at = tl.load(listed + b * tl.cdiv(J, BN) + turn)
                 begin = at * BN
+                if PACKED:
+                    begin = turn * BN + behind if stage == 1 else turn * BN
                 begin64 = begin.to(tl.int64)
-                keys, alive = _keys(alive_keys, b64, begin, columns, J, j_end, BN, G, ALIVE and (stage != 1))
+                keys, alive, of_key, of_block = _keys(
+                    alive_keys, listed, b64, begin, columns, J, j_end, BN, G, ALIVE and (stage != 1),
+                    PACKED and (stage != 1),
+                )  # fmt: skip
                 if MASK:
                     seen = _pairs(
                         mask + begin64 * MJ, local[:, None] * mi * MASK_UNIT, columns[None, :] * MJ,
@@ -878,11 +957,11 @@ def query_gradients(
                 else:
                     added = 0.0
                 tile_k = _load(
-                    k + begin64 * KN, columns[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
+                    k + of_block * KN, of_key[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
                     D, BD, FULL or (stage == 1),
                 )  # fmt: skip
                 tile_v = _load(
-                    v + begin64 * VN, columns[None, :] * VN, tl.arange(0, BDV)[:, None], alive[None, :],
+                    v + of_block * VN, of_key[None, :] * VN, tl.arange(0, BDV)[:, None], alive[None, :],
                     DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
@@ -890,16 +969,18 @@ def query_gradients(
                     s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST,
                     (stage == 1) and not MASK,
                 )  # fmt: skip
-                if not THRESHOLD and _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):
+                if not THRESHOLD and _is_cut(turn, seen_from, seen_to, stage, ONE, FRONT, BEHIND, PACKED):
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
+                    if PACKED and (LEFT or RIGHT):  # once more, rather than in registers; none behind the last
+                        keys = tl.load(listed + b64 * J + begin + columns, mask=begin + columns < j_end, other=FAR)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, not FULL,
+                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, not (RIGHT if PACKED else FULL),
                     )  # fmt: skip
                 if LATE:
                     s = s * factor
                 p = _exp(s - m, BASE2)  # times 1 / total at the end, unless m has it
-                if THRESHOLD and _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):  # fewer registers here
+                if THRESHOLD and _is_cut(turn, seen_from, seen_to, stage, ONE, FRONT, BEHIND, False):  # fewer registers
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
                     p = _cut(
                         p, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
@@ -927,43 +1008,48 @@ def query_gradients(
 
 @triton.jit
 def key_gradients(
-    q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, bounds,
-    dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
+    q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, listed, before,
+    bounds, dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
     mb, mh, mi, bb, bh, bi, offset, left, right, factor, cap, kept, scale, dk, dv,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
     DON: tl.constexpr, MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
     BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
-    ALIVE: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
-    BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr,
-    WIDEN: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    ALIVE: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
+    SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, over the heads that read it and the blocks of queries that see it.
 
     KEYS, VALUES: whether dk and dv are made: where rows are long the sums of both fill more registers than there are.
     """
-    block, n = tl.program_id(0), tl.program_id(1)
-    HK = H // GROUP
+    block, HK = tl.program_id(0), H // GROUP
+    n = _item_and_head(HK, SHARED)
     b, hk = n // HK, n % HK
     b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
     first = block * BN
     first64 = first.to(tl.int64)
     columns, local = tl.arange(0, BN), tl.arange(0, BM)
-    i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _length(kv_lengths, b, J, KV_LENGTHS)
+    i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _ends(kv_lengths, before, b, J, PACKED, KV_LENGTHS)
     low, high = _reach(q_offset, b, offset, left, right, OFFSET)
-    keys, alive = _keys(alive_keys, b64, first, columns, J, j_end, BN, G, ALIVE)
+    keys, alive, of_key, of_block = _keys(
+        alive_keys, listed, b64, first, columns, J, j_end, BN, G, ALIVE, PACKED
+    )
+    lowest, highest = first, first + BN - 1
+    if PACKED:
+        lowest, highest = tl.min(keys, 0), tl.max(keys, 0)
     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
 
     most = _blocks_up(i_end, BM)
     start, stop = tl.full((), 0, tl.int32), most
     whole_from, whole_to = tl.full((), 0, tl.int32), most
     if RIGHT:
-        start = _blocks(first - high, BM)
-        whole_from = _blocks_up(first + BN - 1 - high, BM)
+        start = _blocks(lowest - high, BM)
+        whole_from = _blocks_up(highest - high, BM)
     if LEFT:
-        stop = tl.minimum(stop, _blocks_up(first + BN - low, BM))
-        whole_to = tl.minimum(whole_to, _blocks(first - low + 1, BM))
+        stop = tl.minimum(stop, _blocks_up(highest + 1 - low, BM))
+        whole_to = tl.minimum(whole_to, _blocks(lowest - low + 1, BM))
     if SEGMENTS:
         groups, others = tl.cdiv(J, G), tl.cdiv(I, G)
         some_from, some_to, same_from, same_to = _hull(bounds, b * (groups + others) + others, block, groups, BN // G)
@@ -973,19 +1059,19 @@ def key_gradients(
         whole_to = tl.minimum(whole_to, same_to // (BM // G))
     if ALIVE:
         stop = tl.where(tl.max(alive.to(tl.int32), 0) > 0, stop, 0)
-    if KV_LENGTHS:
+    if KV_LENGTHS or PACKED:
         stop = tl.where(first < j_end, stop, 0)
     start, whole_from, whole_to, stop = _clip(start, whole_from, whole_to, stop, most)
 
-    k += (b64 * kb + hk64 * kh) * UNIT + first64 * KN
-    v += (b64 * vb + hk64 * vh) * UNIT + first64 * VN
-    tile_k = _load(k, columns[:, None] * KN, tl.arange(0, BD)[None, :], alive[:, None], D, BD, False)
+    k += (b64 * kb + hk64 * kh) * UNIT + of_block * KN
+    v += (b64 * vb + hk64 * vh) * UNIT + of_block * VN
+    tile_k = _load(k, of_key[:, None] * KN, tl.arange(0, BD)[None, :], alive[:, None], D, BD, False)
     REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
     if REST:  # as in query_gradients
         scale = -scale
     QUADS: tl.constexpr = BN // 4 if BN < 32 else 8
     if KEYS:
-        tile_v = _load(v, columns[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None], DV, BDV, False)
+        tile_v = _load(v, of_key[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None], DV, BDV, False)
         sum_k = tl.zeros((BN, BD), tl.float32)
     if VALUES:
         sum_v = tl.zeros((BN, BDV), tl.float32)
@@ -1040,7 +1126,7 @@ def key_gradients(
                     s, capped = _logits(
                         s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST, False
                     )  # fmt: skip
-                    if _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):
+                    if _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND, False):
                         q_id = _ids(q_ids, b64, rows, I, EVEN, SEGMENTS)
                         s = _cut(  # what a key gets that is not alive is thrown away at the end
                             s, rows[None, :], keys[:, None] - high, keys[:, None] - low, q_id[None, :], kv_id[:, None],
@@ -1073,19 +1159,32 @@ def key_gradients(
                             ds *= 1 - capped * capped
                         sum_k = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_q), sum_k, WIDEN)
 
-    inside = (keys < J)[:, None]
+    if PACKED:  # those of the block of rows that are not gone over get nothing
+        places = first + columns
+        j_end = tl.load(before + b64 * (J + 3) + J, volatile=True)  # once more, rather than in registers all the time
+        alive = places < j_end
+        of_key = tl.load(listed + b64 * J + places, mask=alive, other=0, volatile=True).to(tl.int64)
+        dead = _below(before, b, places, J, PACKED) == _below(before, b, places + 1, J, PACKED)
+        dead &= places < J
+        inside = alive[:, None]
+    else:
+        inside = (keys < J)[:, None]
     if KEYS:
         sum_k = tl.where(alive[:, None], sum_k * (scale * kept), 0.0)
         stride_k, lanes_k = HK * D if BNHD else D, tl.arange(0, BD)[None, :]
-        dk += (b64 * J * HK + hk64) * D + first64 * stride_k if BNHD else (n.to(tl.int64) * J + first64) * D
-        places = dk + columns[:, None] * stride_k + lanes_k
-        tl.store(places, sum_k.to(dk.dtype.element_ty), mask=inside & (lanes_k < D))
+        dk += (b64 * J * HK + hk64) * D if BNHD else n.to(tl.int64) * J * D
+        _store(dk + of_block * stride_k, of_key[:, None] * stride_k, lanes_k, sum_k, inside, D)
+        if PACKED:
+            rows_k = columns[:, None] * stride_k
+            _store(dk + first64 * stride_k, rows_k, lanes_k, tl.zeros_like(sum_k), dead[:, None], D)
     if VALUES:
         sum_v = tl.where(alive[:, None], sum_v * (0.25 * kept if REST else kept), 0.0)
         stride_v, lanes_v = HK * DV if BNHD else DV, tl.arange(0, BDV)[None, :]
-        dv += (b64 * J * HK + hk64) * DV + first64 * stride_v if BNHD else (n.to(tl.int64) * J + first64) * DV
-        places = dv + columns[:, None] * stride_v + lanes_v
-        tl.store(places, sum_v.to(dv.dtype.element_ty), mask=inside & (lanes_v < DV))
+        dv += (b64 * J * HK + hk64) * DV if BNHD else n.to(tl.int64) * J * DV
+        _store(dv + of_block * stride_v, of_key[:, None] * stride_v, lanes_v, sum_v, inside, DV)
+        if PACKED:
+            rows_v = columns[:, None] * stride_v
+            _store(dv + first64 * stride_v, rows_v, lanes_v, tl.zeros_like(sum_v), dead[:, None], DV)
 
 
 @triton.jit
@@ -1117,6 +1216,14 @@ def bias_gradients(
             from_j = tl.maximum(from_j, _blocks(from_i * BM + low, BN))
     turns_i, turns_j = tl.maximum(to_i - from_i, 0), tl.maximum(to_j - from_j, 0)
     turns = (B if ALL_B else 1) * (H if ALL_H else 1) * turns_i * turns_j
+    FIXED: tl.constexpr = not (ALL_I or ALL_J)  # all turns have the same tile of the bias
+    if FIXED:
+        rows, keys = tl.program_id(1) * BM + local, tl.program_id(0) * BN + columns
+        of_bias = (item_head // heads).to(tl.int64) * bb + (item_head % heads).to(tl.int64) * bh
+        added = _pairs(
+            bias + of_bias * BIAS_UNIT, rows[:, None].to(tl.int64) * bi * BIAS_UNIT, keys[None, :] * BJ,
+            (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS,
+        )  # fmt: skip
     acc = tl.zeros((BM, BN), tl.float32)
     for turn in range(turns):
         first_j = (from_j + turn % turns_j) * BN
@@ -1130,11 +1237,12 @@ def bias_gradients(
         rows = first_i + local
         alive_rows = (rows < i_end)[:, None]
         of_row = (b64 * H + h64) * P + rows
-        keys, alive = _keys(alive_keys, b64, first_j, columns, J, j_end, BN, G, ALIVE)
-        added = _pairs(
-            bias + (b64 * bb + h64 * bh + i64 * bi) * BIAS_UNIT + j64 * BJ, local[:, None] * bi * BIAS_UNIT,
-            columns[None, :] * BJ, (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS,
-        )  # fmt: skip
+        keys, alive, _, _ = _keys(alive_keys, alive_keys, b64, first_j, columns, J, j_end, BN, G, ALIVE, False)
+        if not FIXED:
+            added = _pairs(
+                bias + (b64 * bb + h64 * bh + i64 * bi) * BIAS_UNIT + j64 * BJ, local[:, None] * bi * BIAS_UNIT,
+                columns[None, :] * BJ, (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS,
+            )  # fmt: skip
         if MASK:
             seen = _pairs(
                 mask + (b64 * mb + h64 * mh + i64 * mi) * MASK_UNIT + j64 * MJ, local[:, None] * mi * MASK_UNIT,
@@ -1346,3 +1454,51 @@ def list_blocks(live, groups, blocks, listed, before, RATIO: tl.constexpr, BLOCK
         count += tl.sum(some, 0)
     tl.store(before + blocks + 1, whole_from)
     tl.store(before + blocks + 2, tl.minimum(whole_to, blocks))
+
+
+@triton.jit
+def pack_keys(
+    alive_keys, live, J, words, groups, listed, before,
+    G: tl.constexpr, WORD: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """The keys that an item has, in order (b, J); and how many of them lie below each key and below the end, followed
+    by where the first run of groups whose keys are all alive begins and ends (b, J + 3).
+
+    A program does the WORD keys of each of BLOCK words, and counts what lies before these itself, MANY at a time.
+    """
+    block, b = tl.program_id(0), tl.program_id(1)
+    first, b64 = block * BLOCK, b.to(tl.int64)
+    alive_keys += b * words
+    counts = tl.zeros((MANY,), tl.int32)
+    for turn in range(tl.cdiv(first, MANY)):
+        n = turn * MANY + tl.arange(0, MANY)
+        counts += _ones(tl.load(alive_keys + n, mask=n < first, other=0))
+    n = first + tl.arange(0, BLOCK)
+    some = tl.load(alive_keys + n, mask=n < words, other=0)
+    ones = _ones(some)
+    start = tl.sum(counts, 0) + tl.cumsum(ones, 0) - ones
+    bit = tl.arange(0, WORD)[None, :]
+    alive = ((some[:, None] >> bit) & 1) != 0
+    upto = start[:, None] + tl.cumsum(alive.to(tl.int32), 1)
+    keys = n[:, None] * WORD + bit
+    before += b64 * (J + 3)
+    if block == 0:
+        run_from, run_to = tl.full((), FAR, tl.int32), tl.full((), FAR, tl.int32)
+        for turn in range(tl.cdiv(groups, MANY)):
+            group = turn * MANY + tl.arange(0, MANY)
+            least = tl.load(live + b * groups + group, mask=group < groups, other=0)
+            run_from, run_to = _first_run(run_from, run_to, group, least == 2)
+        tl.store(before, 0)
+        tl.store(before + J + 1, tl.minimum(run_from, groups) * G)
+        tl.store(before + J + 2, tl.minimum(run_to, groups) * G)
+    tl.store(before + 1 + keys, upto, mask=keys < J)
+    tl.store(listed + b64 * J + upto - 1, keys, mask=alive)
+
+
+@triton.jit
+def _ones(x):
+    """How many bits are set."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return (x * 0x01010101) >> 24

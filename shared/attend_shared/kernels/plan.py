@@ -100,6 +100,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("forward", 2, 256): Tile(128, 64, 8, 2),
     ("forward with dropout", 2, 64): Tile(64, 64, 4, 2),
     ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
+    ("query_gradients with a window", 2, 128): Tile(64, 64, 4, 2),
     ("query_gradients", 2, 128): Tile(128, 64, 8, 3),
     ("query_gradients", 2, 256): Tile(128, 64, 8, 1),
     ("key_gradients", 2, 64): Tile(64, 64, 4, 3),
@@ -108,7 +109,8 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("value_gradients", 2, 256): Tile(64, 128, 8, 2),
     ("key_gradients with dropout", 2, 128): Tile(32, 64, 4, 3),
     ("key_gradients with softcap", 2, 128): Tile(32, 64, 4, 3),
-    ("bias_gradients", 2, 64): Tile(64, 64, 4, 2),
+    ("key_gradients with a window", 2, 128): Tile(32, 64, 4, 3),
+    ("bias_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("bias_gradients", 2, 128): Tile(64, 64, 8, 2),
     ("bias_gradients", 2, 256): Tile(64, 32, 8, 1),
     ("forward", 4, 64): Tile(64, 32, 4, 2),
@@ -132,7 +134,8 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("split", 4, 256): Tile(16, 16, 4, 2),
 }
 ROWS = 64  # at a time, in row_sums
-MANY = 256  # at a time, in sum_sinks, key_ranges, overlaps and list_blocks
+MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
+WORDS = 32  # of a bit for each key, that a program of pack_keys does
 MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
@@ -154,7 +157,8 @@ def tile(kernel: str, call: Call, little: bool = False) -> Tile:
     if INTERPRETED:
         return SMALL_TILES[call.i * call.j > 64**2]
     width, size = 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))
-    with_what = " with dropout" if call.dropout else " with softcap" if call.softcap is not None else ""
+    has = {"dropout": call.dropout, "softcap": call.softcap is not None, "a window": call.left is not None}
+    with_what = next((f" with {what}" for what in has if has[what]), "")
     found = TILES.get((kernel + with_what, width, size)) or TILES[kernel, width, size]
     if little and width == 2:
         return Tile(min(found.queries, 64 if size < 256 else 32), 32, 4, 2 if size < 256 else 1)
@@ -206,12 +210,14 @@ class Ahead(NamedTuple):
         ranged: whether segments bound what is visited.
         searched: whether keys whose segment no query has are looked for.
         listed: whether only listed blocks of keys are visited.
+        packed: whether keys are, those that an item has, as if there were no others.
     """
 
     group: int
     ranged: bool
     searched: bool
     listed: bool
+    packed: bool
 
 
 def _ahead(call: Call, layout: Layout) -> Ahead:
@@ -219,12 +225,13 @@ def _ahead(call: Call, layout: Layout) -> Ahead:
     sizes = [tile(name, call, layout.little) for name in names]
     searched = call.segments and (not layout.one_id or call.q_lengths)
     group = min(size for each in sizes for size in each[:2])
-    return Ahead(group, call.segments, searched, searched or call.key_masked)
+    packed = call.key_masked and not (call.segments or call.bias or call.dropout)  # whose columns are neighbours
+    return Ahead(group, call.segments, searched, searched or (call.key_masked and not packed), packed)
 
 
 def _bounds(call: Call, layout: Layout, ahead: Ahead, size: int) -> list[Launch]:
     """The launches that find out what is not visited and what is whole, blocks of keys having this size."""
-    if not (ahead.ranged or ahead.listed):
+    if not (ahead.ranged or ahead.listed or ahead.packed):
         return []
     b, g = call.b, ahead.group
     rows, keys = _cdiv(call.i, g), _cdiv(call.j, g)
@@ -255,6 +262,14 @@ def _bounds(call: Call, layout: Layout, ahead: Ahead, size: int) -> list[Launch]
         launches.append(Launch(
             "overlaps", (rows + keys, b, 1), ("q_low", "q_high", "k_low", "k_high", "live"), (rows, keys),
             (Output("bounds", (b, rows + keys, 4), "int32"),), {"BLOCK": MANY}, 4, 1,
+        ))  # fmt: skip
+    if ahead.packed:
+        word = min(32, g)
+        words = _cdiv(call.j, word)
+        launches.append(Launch(
+            "pack_keys", (_cdiv(words, WORDS), b, 1), ("alive", "live"), (call.j, words, keys),
+            (Output("listed", (b, call.j), "int32"), Output("before", (b, call.j + 3), "int32")),
+            {"G": g, "WORD": word, "BLOCK": WORDS, "MANY": MANY}, 4, 1,
         ))  # fmt: skip
     if ahead.listed:
         blocks = _cdiv(call.j, size)
@@ -380,13 +395,8 @@ class _Shared:
     @property
     def lists(self) -> tuple[str | None, ...]:
         """What says which blocks of keys are visited."""
-        listed = ("listed", "before") if self.ahead.listed else (None, None)
-        return *listed, *self.bounds
-
-    @property
-    def bounds(self) -> tuple[str | None]:
-        """What says where segments meet."""
-        return ("bounds" if self.ahead.ranged else None,)
+        listed = ("listed", "before") if self.ahead.listed or self.ahead.packed else (None, None)
+        return *listed, "bounds" if self.ahead.ranged else None
 
     def _lanes(self, size: int) -> int:
         """The columns of a tile of rows.
@@ -408,7 +418,8 @@ class _Shared:
             "MASK_UNIT": self.mask_unit, "MJ": self.mask[3], "BIAS_UNIT": self.bias_unit, "BJ": self.bias[3],
             "LEFT": call.left is not None, "RIGHT": call.right is not None, "OFFSET": self.layout.offset,
             "SEGMENTS": call.segments, "Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths,
-            "ALIVE": self.ahead.listed, "MASK": self.dense_mask, "BIAS": call.bias is not None,
+            "ALIVE": self.ahead.listed, "PACKED": self.ahead.packed, "MASK": self.dense_mask,
+            "BIAS": call.bias is not None, "SHARED": call.bias is not None and call.bias[0] < call.b,
             "SOFTCAP": call.softcap is not None, "THRESHOLD": threshold(call.dropout) if call.dropout else 0,
             "BASE2": self.base2, "POSITIVE": call.scale > 0, "EVEN": even, "EVEN_KEYS": call.j % size.keys == 0,
             "PRECISE": call.dtype == "float32", "WIDEN": INTERPRETED and call.dtype == "bfloat16",
@@ -463,7 +474,7 @@ def _backward(
         size = tile(kernel, call, layout.little)
         constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths) | more
         launches.append(Launch(
-            "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *shared.bounds, *saved),
+            "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *shared.lists, *saved),
             (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
             (Output("dk", shared.shape(hk, j, d), call.dtype) if keys else unused,
              Output("dv", shared.shape(hk, j, dv), call.dtype) if values else unused),
@@ -475,7 +486,8 @@ def _backward(
         grid = (_cdiv(j, size.keys) if full_j else 1, _cdiv(i, size.queries) if full_i else 1,
                 (b if full_b else 1) * (h if full_h else 1))  # fmt: skip
         constants = shared.constants(size, False) | more
-        constants = {name: x for name, x in constants.items() if name not in ("BIAS", "BASE2", "POSITIVE", "EVEN")}
+        foreign = "BIAS", "SHARED", "BASE2", "POSITIVE", "EVEN", "PACKED"
+        constants = {name: x for name, x in constants.items() if name not in foreign}
         launches.append(Launch(
             "bias_gradients", grid, (*base, *saved), (b, h, i, j, rows, *qkv, *shared.pairs, *shared.rest),
             (Output("dbias", call.bias, call.bias_dtype),),
