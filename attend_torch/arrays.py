@@ -25,11 +25,14 @@ def device_type(array: torch.Tensor) -> str:
     return "cpu" if array.is_cpu else "cuda" if array.is_cuda else array.device.type
 
 
+_PYTHON = torch._C.DispatchKey.Python
+
+
 def is_traced(array: torch.Tensor) -> bool:
     """Whether what is called counts, and not its data: for compilers, fake tensors, and modes as make_fx has them."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return torch._C._dispatch_keys(array).has(torch._C.DispatchKey.Python)
+    return torch._C._dispatch_keys(array).has(_PYTHON)
 
 
 FRAMEWORK = Framework(

@@ -23,7 +23,9 @@ ENTRIES = {entry.name: entry for entry in (FA4, SDPA, TRITON, FLEX, BLOCKWISE, R
 
 def table(call: Call | None = None) -> Iterable[Entry]:
     """In order of preference, for a call or in general."""
-    if call is None or call.platform != "cuda":
+    if call is None:
+        return _ANY
+    if call.platform != "cuda":
         return _elsewhere(call)
     if torch.compiler.is_compiling():  # sizes may be symbols, and what is exported is not bound to what one device is
         return _on_gpu(call, "" if torch.compiler.is_exporting() else capability())
@@ -74,3 +76,6 @@ def _with_functions(call: Call) -> Iterator[Entry]:
     yield BLOCKWISE
     yield from () if is_small(call) else (EINSUM,)
     yield from (ROWWISE, FA4, SDPA, TRITON)
+
+
+_ANY = tuple(_elsewhere(None))

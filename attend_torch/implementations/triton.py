@@ -6,11 +6,11 @@ that a compiler takes whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
@@ -67,10 +67,11 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.attend_torch.triton(*arrays, *options)
     elif _is_watched():
         out, lse, *_ = _Attend.apply(call, *arrays)
-    elif torch.is_grad_enabled() and any(arrays[n] is not None and arrays[n].requires_grad for n in FLOATS):
-        out, lse, *_ = _Eager.apply(call, *arrays)
+    elif torch.is_grad_enabled() and _needs_gradients(arrays):
+        out, lse = _Eager.apply(call, arrays, arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
     else:
-        out, lse, *_ = _forward(call, arrays)
+        _, known = _forward(call, arrays)
+        out, lse = known["out"], known["lse"]
     return out, lse
 
 
@@ -79,57 +80,80 @@ def _is_watched() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def _needs_gradients(arrays: Arrays) -> bool:
+    """Whether one of those that have gradients needs its own; written out, for this is asked in each call."""
+    if arrays.q.requires_grad or arrays.k.requires_grad or arrays.v.requires_grad:
+        return True
+    bias, sinks = arrays.bias, arrays.sinks
+    return (bias is not None and bias.requires_grad) or (sinks is not None and sinks.requires_grad)
+
+
 SAVED = ("out", "lse", "top", "inverse", "exact", *plans.BOUNDS)
+GRADIENTS = tuple(f"d{Arrays._fields[place]}" for place in FLOATS)
 COMPILED = len(SAVED) - len(plans.BOUNDS)  # of them are what the operator gives: the way back finds the bounds anew
 
 
 class _Eager(torch.autograd.Function):
-    """(call, *arrays) -> out, lse, and what else the way back needs.
+    """(call, arrays, *those of them that have gradients) -> out, lse.
 
-    For no transformation: a Function that has them looks its signature up each time it is called.
+    For no transformation: a Function that has them looks its signature up each time it is called, and what else the way
+    back needs would have to be among its results. Each of those, and each argument, costs time.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, *arrays: Any) -> tuple[Tensor | None, ...]:
-        output = _forward(call, Arrays(*arrays))
-        _keep(ctx, (call, *arrays), output)
-        return output
+    def forward(ctx: Any, call: Call, arrays: Arrays, *_: Any) -> tuple[Tensor | None, ...]:
+        output = _saved(*_forward(call, arrays))
+        _keep(ctx, call, arrays, output)
+        return output[:2]
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple:
-        tensors = ctx.saved_tensors
-        given, saved = tensors[:COUNT], tensors[COUNT:]
-        arrays = [x if other is None else other for x, other in zip(given, ctx.others, strict=True)]
-        dout = torch.zeros_like(saved[0]) if dout is None else dout
-        wanted = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or _is_watched():
-            gradients = iter(_Gradients.apply(ctx.call, wanted, *arrays, *saved, dout, dlse))
-            return None, *(next(gradients) if wants else None for wants in wanted)
-        return None, *_gradients(ctx.call, Arrays(*arrays), saved, dout, dlse, wanted)
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+        return None, None, *_way_back(ctx, ctx.needs_input_grad[2:], dout, dlse)
 
 
-class _Attend(_Eager):
-    """The same, for transformations."""
+class _Attend(torch.autograd.Function):
+    """(call, *arrays) -> out, lse, and what else the way back needs. For transformations."""
 
     @staticmethod
-    def forward(call: Call, *arrays: Any) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return _whole(arrays[0], _forward(call, Arrays(*arrays)))
+    def forward(call: Call, *arrays: Any) -> tuple[Tensor, ...]:
+        return _whole(arrays[0], _saved(*_forward(call, Arrays(*arrays))))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        _keep(ctx, inputs, output)
+        ctx.mark_non_differentiable(*output[2:])
+        _keep(ctx, inputs[0], Arrays(*inputs[1:]), output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple:
+        result: list[Tensor | None] = [None] * COUNT
+        wanted = [ctx.needs_input_grad[1 + place] for place in FLOATS]
+        for place, gradient in zip(FLOATS, _way_back(ctx, wanted, dout, dlse), strict=True):
+            result[place] = gradient
+        return None, *result
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         return rowwise.each_lane(_Attend.apply, info, in_dims, inputs)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.call, *arrays = inputs
-    ctx.others = [None if isinstance(x, Tensor) else x for x in arrays]
-    ctx.mark_non_differentiable(*(x for x in output[2:] if x is not None))
+def _keep(ctx: Any, call: Call, arrays: Arrays, output: Sequence[Tensor | None]) -> None:
+    at = None if isinstance(arrays.q_offset, Tensor) else arrays.q_offset
+    ctx.call, ctx.at = call, at  # a number is not for save_for_backward
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in arrays), *output)
+    ctx.save_for_backward(*(arrays if at is None else arrays._replace(q_offset=None)), *output)
+
+
+def _way_back(ctx: Any, wanted: Sequence[bool], dout: Tensor | None, dlse: Tensor | None) -> Sequence[Tensor | None]:
+    """The gradients of those that have some, None where they are not wanted."""
+    tensors = ctx.saved_tensors
+    arrays, saved = Arrays(*tensors[:COUNT]), tensors[COUNT:]
+    if ctx.at is not None:
+        arrays = arrays._replace(q_offset=ctx.at)
+    dout = torch.zeros_like(saved[0]) if dout is None else dout
+    if torch.is_grad_enabled() or _is_watched():
+        gradients = iter(_Gradients.apply(ctx.call, wanted, *arrays, *saved, dout, dlse))
+        return [next(gradients) if wants else None for wants in wanted]
+    return _gradients(ctx.call, arrays, saved, dout, dlse, wanted)
 
 
 def _wanted_gradients(call: Call, wanted: Sequence[bool], *inputs: Any) -> tuple[Tensor, ...]:
@@ -159,6 +183,10 @@ def _strides(x: Tensor | None) -> tuple[int, ...] | None:
     return None if x is None else tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
 
 
+# A call of a short sequence takes longer to launch than to run. What follows does in each call only what may differ
+# from the last: memory for results, addresses, the stream. All else is found by looking up what it hangs on.
+
+
 class _Kernel:
     """One launch, and what Triton compiled it to, by what it looks at: devices, dtypes and whether arrays are aligned.
 
@@ -171,34 +199,90 @@ class _Kernel:
         self.launch = launch
         self.kernel = getattr(attention, launch.kernel)
         self.given = tuple({name: None for name in launch.inputs if name is not None})
-        self.made = tuple((x.name, x.shape, getattr(torch, x.dtype)) for x in launch.outputs if x.used)
-        self.names = tuple(x.name if x.used else self.made[0][0] for x in launch.outputs)
+        self.made = tuple((x.name, x.shape, _contiguous(x.shape), getattr(torch, x.dtype))
+                          for x in launch.outputs if x.used)  # fmt: skip
+        self.outputs = tuple(x.name if x.used else self.made[0][0] for x in launch.outputs)
         self.constants = tuple(launch.constants[name] for name in self.kernel.arg_names if name in launch.constants)
-        self.order = tuple(-1 if name is None else self.given.index(name) for name in launch.inputs)
-        self.compiled: dict[tuple, Any] = {}
+        order = [None, *self.given, *(name for name, *_ in self.made)]
+        self.inputs, self.results = _picks(map(order.index, launch.inputs)), _picks(map(order.index, self.outputs))
+        self.compiled: dict[tuple, Callable[[int, bool, tuple, tuple], None]] = {}
 
-    def __call__(self, arrays: dict[str, Tensor], device: int, stream: int) -> None:
-        """Run it on the current device, its outputs put among the arrays."""
-        any_array, launch = arrays["q"], self.launch
-        for name, shape, dtype in self.made:
-            arrays[name] = any_array.new_empty(shape, dtype=dtype)
+    def __call__(self, arrays: dict[str, Tensor], device: int, stream: int, heard: bool) -> None:
+        """Run it on the current device, its outputs put among the arrays. heard: as in `_is_heard`."""
         given = [arrays[name] for name in self.given]
-        places = [x.data_ptr() for x in given]
+        places = [0, *[x.data_ptr() for x in given]]  # 0: of what the call has not got
         key = (device, *[x.dtype for x in given], *[place % 16 == 0 for place in places])
-        compiled = self.compiled.get(key)
-        if compiled is None:
-            compiled = self.kernel[launch.grid](
-                *(any_array if name is None else arrays[name] for name in launch.inputs), *launch.numbers,
-                *(arrays[name] for name in self.names), **launch.constants,
-                num_warps=launch.warps, num_stages=launch.stages,
-            )  # fmt: skip
-            if not plans.INTERPRETED:
-                self.compiled[key] = compiled
+        for name, shape, strides, dtype in self.made:
+            arrays[name] = made = _empty(shape, strides, dtype)
+            places.append(made.data_ptr())
+        launch = self.compiled.get(key)
+        if launch is None:
+            self._compile(arrays, key)
         else:
-            places.append(0)  # for what the call has not got
-            outputs = [arrays[name].data_ptr() for name in self.names]
-            inputs = [places[n] for n in self.order]
-            compiled[launch.grid](*inputs, *launch.numbers, *outputs, *self.constants, stream=stream)
+            launch(stream, heard, self.inputs(places), self.results(places))
+
+    def _compile(self, arrays: dict[str, Tensor], key: tuple) -> None:
+        """Run it as Triton's launcher does, and keep what that compiled."""
+        launch, any_array = self.launch, arrays["q"]
+        compiled = self.kernel[launch.grid](
+            *(any_array if name is None else arrays[name] for name in launch.inputs), *launch.numbers,
+            *(arrays[name] for name in self.outputs), **launch.constants,
+            num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+        if not plans.INTERPRETED:
+            self.compiled[key] = _launcher(compiled, launch, self.constants)
+
+
+def _picks(places: Iterable[int]) -> Callable[[list[int]], tuple[int, ...]]:
+    """What takes the numbers at these places of a list."""
+    first, *more = places
+    return itemgetter(first, *more) if more else lambda numbers: (numbers[first],)
+
+
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of an array that lies row by row."""
+    strides = [1]
+    for n in shape[:0:-1]:
+        strides.append(strides[-1] * n)
+    return tuple(strides[::-1])
+
+
+def _find_empty() -> Callable[[tuple, tuple, torch.dtype], Tensor]:
+    """(shape, strides, dtype) -> memory on the current device: what compiled programs take, at a third of the cost."""
+    kind = "cpu" if plans.INTERPRETED else "cuda"
+    found = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), f"_empty_strided_{kind}", None)
+    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=kind))
+
+
+_empty = _find_empty()
+
+# What Triton's C launcher takes before a kernel's own arguments: grid (3), stream, function, whether the launch is
+# cooperative, whether it is dependent, two places of scratch memory, metadata, what hooks are told, two hooks.
+KNOWN_FORM = "iiiKKppOOOOOO"
+
+
+def _launcher(compiled: Any, what: Launch, constants: tuple) -> Callable[[int, bool, tuple, tuple], None]:
+    """(stream, heard, inputs, results) -> None: launch what Triton compiled, its arrays given as addresses.
+
+    By its C launcher, where that has the form that is known here and nobody listens; else as Triton's own calls do.
+    """
+    from triton.backends.nvidia import driver
+
+    grid, numbers = what.grid, what.numbers
+    public, run = compiled[grid], compiled.run
+    scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if getattr(driver, "_BASE_ARGS_FORMAT", None) != KNOWN_FORM or scratch:
+        return lambda stream, _, inputs, results: public(*inputs, *numbers, *results, *constants, stream=stream)
+    launch, behind = run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
+                                  compiled.packed_metadata, None, None, None)  # fmt: skip
+
+    def direct(stream: int, heard: bool, inputs: tuple, results: tuple) -> None:
+        if heard:
+            public(*inputs, *numbers, *results, *constants, stream=stream)
+        else:
+            launch(*grid, stream, *behind, *inputs, *numbers, *results, *constants)
+
+    return direct
 
 
 class _Plan:
@@ -213,7 +297,13 @@ class _Plan:
         self.backward = lru_cache(maxsize=64)(lambda *how: tuple(map(_Kernel, plan.backward(*how))))
 
 
-_plan = lru_cache(maxsize=1024)(_Plan)
+@lru_cache(maxsize=1024)
+def _plan(
+    call: Call, q: tuple, k: tuple, v: tuple, mask: tuple | None, bias: tuple | None, offset: int, at: int, one_id: bool
+) -> _Plan:
+    """For arrays of these strides; the others as in `Layout`."""
+    little = capability() not in plans.MUCH_SHARED
+    return _Plan(call, Layout(q[:3], k[:3], v[:3], mask, bias, offset, at, one_id, little))
 
 
 _SMALL = ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "dropout_seed")
@@ -221,19 +311,22 @@ _SMALL = ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_length
 
 def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     """What the call launches, and its arrays by name."""
-    q, k, v = _rows(arrays.q), _rows(arrays.k), _rows(arrays.v)
+    q, k, v, mask, bias, at, q_ids, kv_ids, *_ = arrays
+    of_q, of_k, of_v = q.stride(), k.stride(), v.stride()
+    if not of_q[3] == of_k[3] == of_v[3] == 1:
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        of_q, of_k, of_v = q.stride(), k.stride(), v.stride()
     known = {"q": q, "k": k, "v": v}
-    if arrays.mask is not None:
-        known["mask"] = arrays.mask
-    if arrays.bias is not None:
-        known["bias"] = arrays.bias
-    offset = arrays.q_offset.ndim + 1 if isinstance(arrays.q_offset, Tensor) and call.offset == "data" else 0
-    layout = Layout(
-        q.stride()[:3], k.stride()[:3], v.stride()[:3], _strides(arrays.mask), _strides(arrays.bias), offset,
-        0 if offset else _offset(call, arrays), arrays.q_segment_ids is arrays.kv_segment_ids,
-        capability() not in plans.MUCH_SHARED,
-    )  # fmt: skip
-    plan = _plan(call, layout)
+    if mask is not None:
+        known["mask"] = mask
+    if bias is not None:
+        known["bias"] = bias
+    offset = 0
+    if at is None:
+        at = 0
+    elif isinstance(at, Tensor):
+        offset, at = at.ndim + 1, 0
+    plan = _plan(call, of_q, of_k, of_v, _strides(mask), _strides(bias), offset, at, q_ids is kv_ids)
     for name in plan.names:
         known[name] = getattr(arrays, name).contiguous()
     return plan, known
@@ -243,26 +336,40 @@ def _run(kernels: Sequence[_Kernel], arrays: dict[str, Tensor]) -> None:
     """Run them in order."""
     if plans.INTERPRETED:
         for kernel in kernels:
-            kernel(arrays, -1, 0)
+            kernel(arrays, -1, 0, False)
         return
-    device = arrays["q"].get_device()
-    with _device(device):
-        stream = _streams()(device)
-        for kernel in kernels:
-            kernel(arrays, device, stream)
+    device, driver = arrays["q"].get_device(), _driver()
+    if device != driver.device():
+        with torch.cuda.device(device):
+            return _run(kernels, arrays)
+    stream, heard = driver.stream(device), _is_heard(driver.knobs.runtime)
+    for kernel in kernels:
+        kernel(arrays, device, stream, heard)
+
+
+class _Driver(NamedTuple):
+    """What gives the current device, and the current stream of a device, and where Triton keeps its hooks."""
+
+    device: Callable[[], int]
+    stream: Callable[[int], int]
+    knobs: Any
 
 
 @cache
-def _streams() -> Callable[[int], int]:
-    """What gives Triton the current stream of a device."""
+def _driver() -> _Driver:
+    from triton import knobs
     from triton.runtime import driver
 
-    return driver.active.get_current_stream
+    device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+    return _Driver(device, driver.active.get_current_stream, knobs)
 
 
-def _device(device: int) -> AbstractContextManager:
-    """This made the current device, where it is not."""
-    return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)
+def _is_heard(runtime: Any) -> bool:
+    """Whether a profiler wants to be told of launches: whether there is a hook, other than a chain of none."""
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    if enter is not None and getattr(enter, "calls", True):
+        return True
+    return leave is not None and bool(getattr(leave, "calls", True))
 
 
 def _turned(call: Call, x: Tensor) -> Tensor:
@@ -270,12 +377,18 @@ def _turned(call: Call, x: Tensor) -> Tensor:
     return x.transpose(1, 2) if call.layout == "bnhd" else x
 
 
-def _forward(call: Call, arrays: Arrays) -> tuple[Tensor | None, ...]:
-    """out (b h i dv), and the others of `SAVED`, None those that the way back does not need."""
+def _forward(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
+    """What was launched, and its arrays by name: inputs and outputs, out (b h i dv) among them."""
     plan, known = _prepare(call, arrays)
     _run(plan.forward, known)
+    known["out"] = _turned(call, known["out"])
+    return plan, known
+
+
+def _saved(plan: _Plan, known: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """Those of `SAVED`, None where the way back does not need them."""
     bounds = (known[name] if name in plan.bounds else None for name in plans.BOUNDS)
-    return _turned(call, known["out"]), *(known.get(name) for name in SAVED[1:COMPILED]), *bounds
+    return *map(known.get, SAVED[:COMPILED]), *bounds
 
 
 def _whole(nothing: Tensor, output: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -287,27 +400,28 @@ def _gradients(
     call: Call, arrays: Arrays, saved: Sequence[Tensor | None], dout: Tensor, dlse: Tensor | None,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
-    """The gradients of the arrays, None for those that have none or are not wanted. saved: as `SAVED`, or its head."""
+    """The gradients of `FLOATS`, None for those that are not wanted. saved: as `SAVED`, or its head."""
     plan, known = _prepare(call, arrays)
-    known |= ((name, x) for name, x in zip(SAVED, saved, strict=False) if x is not None and x.numel())
+    for name, x in zip(SAVED, saved, strict=False):
+        if x is not None and x.numel():
+            known[name] = x
     known["out"], known["dout"] = _turned(call, known["out"]), _rows(dout)
     if dlse is not None:
         known["dlse"] = dlse.contiguous()
     has_bounds = bool(plan.bounds) and all(name in known for name in plan.bounds)
-    _run(plan.backward(known["dout"].stride()[:3], wanted[FLOATS[3]], dlse is not None, has_bounds), known)
-    gradients: list[Tensor | None] = [None] * COUNT
-    for place in FLOATS:
-        name = Arrays._fields[place]
-        if wanted[place]:
-            gradients[place] = _turned(call, known[f"d{name}"]) if name in "qkv" else known[f"d{name}"]
-    return gradients
+    _run(plan.backward(known["dout"].stride()[:3], wanted[3], dlse is not None, has_bounds), known)
+    found = [known[name] if wants else None for name, wants in zip(GRADIENTS, wanted, strict=True)]
+    if call.layout == "bnhd":
+        found[:3] = [None if x is None else _turned(call, x) for x in found[:3]]
+    return found
 
 
 # The operators, for compilers: triton(*arrays, *options), and triton_gradients(*arrays, *saved, wants_bias, *options).
 
 
 def _operator(*inputs: Any) -> tuple[Tensor, ...]:
-    return _whole(inputs[0], _forward(*blockwise.canonical(inputs[:COUNT], *inputs[COUNT:]))[:COMPILED])
+    found = _saved(*_forward(*blockwise.canonical(inputs[:COUNT], *inputs[COUNT:])))
+    return _whole(inputs[0], found[:COMPILED])
 
 
 def _operator_fake(q: Tensor, _: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -326,11 +440,9 @@ def _operator_gradients(*inputs: Any) -> tuple[Tensor, ...]:
     behind = COUNT + COMPILED
     saved, (dout, dlse, wants_bias) = inputs[COUNT:behind], inputs[behind : behind + 3]
     call, arrays = blockwise.canonical(inputs[:COUNT], *inputs[behind + 3 :])
-    wanted = [x is not None for x in arrays]
-    wanted[FLOATS[3]] = wants_bias
+    wanted = True, True, True, wants_bias, arrays.sinks is not None
     gradients = _gradients(call, arrays, saved, dout, dlse, wanted)
-    found = (gradients[place] for place in FLOATS)
-    return tuple(dout.new_empty(0) if x is None else x for x in found)
+    return tuple(dout.new_empty(0) if x is None else x for x in gradients)
 
 
 def _operator_gradients_fake(*inputs: Any) -> tuple[Tensor, ...]:

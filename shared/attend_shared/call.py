@@ -529,6 +529,8 @@ def _names(implementation: Any, flash: bool | None) -> tuple[str, ...] | None:
         return ("einsum",) if flash is False else None
     if implementation is None:
         return None
+    if implementation.__class__ is str and implementation in NAMES:
+        return (implementation,)
     names = (implementation,) if isinstance(implementation, str) else implementation
     right = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
     if right and names and all(name in NAMES for name in names):

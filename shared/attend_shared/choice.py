@@ -102,7 +102,9 @@ def choose(table: Iterable[Entry], call: Call) -> Entry:
                 return entry
             reasons.append((entry.name, reason))
     else:
-        for name, asked in _asked(table, call):
+        table = tuple(table)
+        for name in call.names:
+            asked = _named(table, name)
             reason = refusal(asked, call) if asked else f"attend_{call.framework} has no implementation of this name"
             if reason is None and asked:
                 return asked
@@ -127,6 +129,14 @@ def implementations(table: Iterable[Entry]) -> tuple[Implementation, ...]:
     """The table as a user sees it."""
     reasons = [(entry, entry.module.unavailable()) for entry in table]
     return tuple(Implementation(entry.name, entry.fused, reason is None, reason) for entry, reason in reasons)
+
+
+def _named(table: Iterable[Entry], name: str) -> Entry | None:
+    """The entry of this name; a loop, which for so few is faster than to make a dictionary of them."""
+    for entry in table:
+        if entry.name == name:
+            return entry
+    return None
 
 
 def _asked(table: Iterable[Entry], call: Call) -> list[tuple[str, Entry | None]]:
