@@ -1,0 +1,198 @@
+"""How torch launches Triton's kernels: what is found anew in each call, and what is kept for calls that look alike.
+
+No kernel runs: what Triton would compile is one that writes down what it is launched with, and arrays on a CPU stand in
+for those on a GPU. What the kernels compute is for test_triton.py.
+"""
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from attend_shared.call import Arrays, canonical, check
+from attend_torch.arrays import FRAMEWORK
+from attend_torch.implementations import triton
+from conftest import require
+
+require("triton")
+
+HEAD = 13  # what the C launcher takes before the kernel's own arguments
+
+
+class Machine:
+    """A GPU that is not there: its current device and stream, and what was launched, by whom and with what."""
+
+    def __init__(self) -> None:
+        self.device, self.stream = -1, 7
+        self.entered: list[int] = []
+        self.seen: list[tuple[str, tuple]] = []
+        self.hooks = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=SimpleNamespace(calls=[]))
+
+    def compile(self, names: list[str], *arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> Any:
+        """What kernel[grid] is: it compiles for its arguments, which have these names, and launches."""
+        self.seen.append(("compiled", (*arguments, *(constants[name] for name in names if name in constants))))
+        run = SimpleNamespace(
+            launch=lambda *given: self.seen.append(("launched", given)), global_scratch_size=0, profile_scratch_size=0,
+            launch_cooperative_grid=False, launch_pdl=False,
+        )  # fmt: skip
+        return Grids(self.public, run=run, function=5, packed_metadata=(4, 1, 0))
+
+    def public(self, *arguments: Any, stream: int) -> None:
+        self.seen.append(("public", (stream, *arguments)))
+
+    @contextlib.contextmanager
+    def enter(self, device: int) -> Iterator[None]:
+        self.entered.append(device)
+        before, self.device = self.device, device
+        yield
+        self.device = before
+
+
+class Grids(SimpleNamespace):
+    """What is launched as this[grid](...)."""
+
+    def __init__(self, launch: Callable[..., Any], **others: Any) -> None:
+        super().__init__(launch=launch, **others)
+
+    def __getitem__(self, grid: Any) -> Any:
+        return self.launch
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    from attend_shared.kernels import attention
+
+    found = Machine()
+    for name in ("forward", "row_sums", "query_gradients", "key_gradients", "key_ranges", "query_ranges", "overlaps",
+                 "list_blocks"):  # fmt: skip
+        names = getattr(attention, name).arg_names
+        monkeypatch.setattr(attention, name, Grids(partial(found.compile, names), arg_names=names))
+    knobs = SimpleNamespace(runtime=found.hooks)
+    driver = triton._Driver(lambda: found.device, lambda device: found.stream, knobs)
+    monkeypatch.setattr(triton, "_driver", lambda: driver)
+    monkeypatch.setattr(triton, "_empty", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "device", found.enter)
+    triton._plan.cache_clear()
+    yield found
+    triton._plan.cache_clear()  # of plans that hold such kernels
+
+
+def draw(*shape: int, at: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Memory that begins `at` numbers behind a place that is aligned."""
+    flat = torch.zeros(torch.Size(shape).numel() + 64, dtype=dtype)
+    skip = -flat.data_ptr() % 16 // flat.element_size() + at
+    return flat[skip:][: torch.Size(shape).numel()].view(shape)
+
+
+def attend(q: Any, k: Any, v: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `attend` does behind the door on a GPU."""
+    arrays = Arrays(q, k, v, **given)
+    call = check(FRAMEWORK, arrays, False, None, None, None, 0.0, True, "bhnd", "triton")
+    return triton.attend(call._replace(platform="cuda"), canonical(call, arrays))
+
+
+def test_what_was_compiled_is_launched_with_addresses_in_the_places_of_arrays(machine: Machine) -> None:
+    q, k, v = (draw(1, 2, 16, 64) for _ in range(3))
+    attend(q, k, v)
+    out, lse = attend(q, k, v)
+    (first, arguments), (second, launched) = machine.seen
+    assert (first, second) == ("compiled", "launched")
+    assert launched[3:HEAD] == (7, 5, False, False, None, None, (4, 1, 0), None, None, None)
+    given = launched[HEAD:]
+    assert len(given) == len(arguments)
+    places = [n for n, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
+    inputs, results = places[:-5], places[-5:]
+    assert [given[n] for n in inputs[:3]] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+    assert [(arguments[n] is q, given[n]) for n in inputs[3:]] == [(True, 0)] * len(inputs[3:])  # what it has not got
+    assert [given[n] for n in results[:2]] == [out.data_ptr(), lse.data_ptr()]
+    assert all(given[n] == x for n, x in enumerate(arguments) if n not in places)
+
+
+ids = torch.zeros(1, 16, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"q": draw(1, 2, 16, 64, at=1)}),
+        ({}, {"v": draw(1, 2, 16, 64, at=3)}),
+        ({"kv_lengths": torch.zeros(1, dtype=torch.int32)}, {"kv_lengths": torch.zeros(1, dtype=torch.int64)}),
+        ({"q_segment_ids": ids}, {"q_segment_ids": ids.long()}),
+        ({}, {"k": draw(1, 16, 2, 64).transpose(1, 2)}),
+        ({}, {name: draw(1, 2, 16, 64, dtype=torch.float16) for name in "qkv"}),
+        ({}, {"device": 1}),
+    ],
+    ids=["q not aligned", "v not aligned", "lengths", "ids", "strides", "dtype", "device"],
+)
+def test_what_looks_different_is_compiled_anew_and_each_is_kept(
+    one: dict[str, Any], other: dict[str, Any], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = {name: draw(1, 2, 16, 64) for name in "qkv"}
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: machine.device)
+
+    def kinds(given: dict[str, Any]) -> set[str]:
+        machine.seen.clear()
+        given = plain | given
+        machine.device = given.pop("device", 0)
+        attend(**given)
+        return {kind for kind, _ in machine.seen}
+
+    assert kinds(one) == {"compiled"}
+    assert "compiled" in kinds(other)
+    assert kinds(one) == kinds(other) == {"launched"}
+
+
+def test_streams_and_devices_are_those_of_the_moment(machine: Machine) -> None:
+    q = draw(1, 2, 16, 64)
+    attend(q, q, q)
+    for machine.stream in (11, 12):
+        attend(q, q, q)
+        assert machine.seen[-1][1][3] == machine.stream
+    assert machine.entered == []
+    machine.device = 3
+    attend(q, q, q)
+    assert (machine.entered, machine.device) == ([q.get_device()], 3)
+
+
+def test_hooks_hear_of_launches(machine: Machine) -> None:
+    q, hooks = draw(1, 2, 16, 64), machine.hooks
+    attend(q, q, q)
+    for name in ("launch_enter_hook", "launch_exit_hook"):
+        for hook in (lambda metadata: None, SimpleNamespace(calls=[print])):
+            before = getattr(hooks, name)
+            setattr(hooks, name, hook)
+            attend(q, q, q)
+            setattr(hooks, name, before)
+            attend(q, q, q)
+            (heard, public), (direct, launched) = machine.seen[-2:]
+            assert (heard, direct) == ("public", "launched")
+            assert (public[0], len(public)) == (launched[3], 1 + len(launched[HEAD:]))
+            assert public[1:4] == launched[HEAD:][:3] == (q.data_ptr(),) * 3
+
+
+def test_a_launcher_of_another_form_is_left_to_triton(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.backends.nvidia import driver
+
+    monkeypatch.setattr(driver, "_BASE_ARGS_FORMAT", triton.KNOWN_FORM + "O")
+    q = draw(1, 2, 16, 64)
+    attend(q, q, q)
+    attend(q, q, q)
+    assert [kind for kind, _ in machine.seen] == ["compiled", "public"]
+
+
+def test_no_array_is_kept(machine: Machine) -> None:
+    q = draw(1, 2, 16, 64).requires_grad_()
+    for _ in range(2):
+        out = attend(q, q, q)[0]
+        out.sum().backward()
+    arrays = [weakref.ref(x) for x in (q, out, q.grad)]
+    machine.seen.clear()
+    del q, out
+    gc.collect()
+    assert [x() for x in arrays] == [None] * 3
