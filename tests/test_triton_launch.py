@@ -78,6 +78,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(triton, "_driver", lambda: driver)
     monkeypatch.setattr(triton, "_empty", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "device", found.enter)
+    monkeypatch.setattr("triton.backends.nvidia.driver.CudaLauncher", SimpleNamespace)
     triton._plan.cache_clear()
     yield found
     triton._plan.cache_clear()  # of plans that hold such kernels
@@ -176,10 +177,11 @@ def test_hooks_hear_of_launches(machine: Machine) -> None:
             assert public[1:4] == launched[HEAD:][:3] == (q.data_ptr(),) * 3
 
 
-def test_a_launcher_of_another_form_is_left_to_triton(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    from triton.backends.nvidia import driver
-
-    monkeypatch.setattr(driver, "_BASE_ARGS_FORMAT", triton.KNOWN_FORM + "O")
+@pytest.mark.parametrize(("name", "value"), [("_BASE_ARGS_FORMAT", triton.KNOWN_FORM + "O"), ("CudaLauncher", object)])
+def test_a_launcher_that_is_not_known_is_left_to_triton(
+    name: str, value: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"triton.backends.nvidia.driver.{name}", value)
     q = draw(1, 2, 16, 64)
     attend(q, q, q)
     attend(q, q, q)

@@ -270,8 +270,8 @@ def _launcher(compiled: Any, what: Launch, constants: tuple) -> Callable[[int, b
 
     grid, numbers = what.grid, what.numbers
     public, run = compiled[grid], compiled.run
-    scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
-    if getattr(driver, "_BASE_ARGS_FORMAT", None) != KNOWN_FORM or scratch:
+    known = type(run) is driver.CudaLauncher and getattr(driver, "_BASE_ARGS_FORMAT", None) == KNOWN_FORM
+    if not known or run.global_scratch_size or run.profile_scratch_size:
         return lambda stream, _, inputs, results: public(*inputs, *numbers, *results, *constants, stream=stream)
     launch, behind = run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
                                   compiled.packed_metadata, None, None, None)  # fmt: skip
