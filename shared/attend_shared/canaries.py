@@ -84,6 +84,7 @@ CAUSAL = {"is_causal": True}
 ANY = ("any call",)
 EMPTY = ("may have empty rows",)
 LONG = Size(b=1, i=32, j=4224)
+LONG128 = Size(b=1, h=4, i=200, j=2048, d=128, dv=128)
 DECODE = Size(h=4, hk=2, i=1, j=1000)
 L64, K64 = "q_len % 128 == 64", "kv_len % 128 == 64"
 
@@ -116,6 +117,10 @@ CANARIES = (
     Canary("many blocks", "sums over several blocks of queries and keys, in whatever order they are done",
            ("q_len > 512",), Size(b=1, i=577, j=577), options=CAUSAL, repeat=True),
     Canary("long rows", "sums over thousands of keys", ("kv_len >= 4096",), LONG),
+    Canary("long rows of 128", "what kernels of their own are for: warps with roles, which wait for each other",
+           ("kv_len >= 2048", "d == 128"), LONG128, repeat=True),
+    Canary("long rows of 128, causal", "the same, the diagonal in the last blocks",
+           ("kv_len >= 2048", "d == 128", "causal"), LONG128, options={**CAUSAL, "q_offset": 1848}),
     # Rows without a key.
     Canary("left padding", "causal with keys masked on the left: the first rows have no key, and the loss sees them",
            EMPTY, options=CAUSAL, arrays={"mask": "left"}, quick=True),
