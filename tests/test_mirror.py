@@ -34,6 +34,7 @@ ONE_SIDED_FILES = {
     "attend_torch/hooks/x_transformers.py": "the host is a PyTorch library",
     "attend_jax/hooks/flax.py": "the host is a JAX library",
     "attend_jax/functions.py": "a compiled call must not keep a caller's function, nor be compiled anew for each",
+    "attend_jax/gluon.py": "Triton launches these kernels in torch itself",
     **{
         f"attend_jax/models/{name}.py": "PyTorch has these models in transformers"
         for name in (

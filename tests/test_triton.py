@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from jax.sharding import PartitionSpec
 
 import attend_jax
 import attend_torch
+from attend_jax import gluon
 from attend_jax.arrays import FRAMEWORK as JAX
 from attend_jax.implementations import einsum as jax_einsum
 from attend_jax.implementations import triton as jax_triton
@@ -30,6 +33,7 @@ from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.cases import Case
 from attend_shared.kernels import plan as plans
 from attend_torch.arrays import FRAMEWORK
+from attend_torch.implementations import blockwise as torch_blockwise
 from attend_torch.implementations import triton
 from sass import foreign_addresses
 
@@ -252,6 +256,179 @@ def test_what_has_little_shared_memory_gets_smaller_blocks(d: int) -> None:
         dtypes |= {output.name: output.dtype for output in launch.outputs}
         if launch.kernel in ("forward", "key_gradients"):
             assert compile_for_hopper(launch, dtypes, 86).metadata.shared <= 99 * 1024
+
+
+LONG = {name: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") for name in "qkv"}
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        ({}, "plain"),
+        ({"is_causal": True}, "plain"),
+        ({"k": LONG["k"][:, :2], "v": LONG["v"][:, :2]}, "plain"),
+        ({"window_size": (None, 5)}, "plain"),
+        ({"window_size": (5, 0)}, "forward"),
+        ({"softcap": 3.0}, "forward"),
+        ({"scale": -1.0}, "forward"),
+        ({"sinks": torch.empty(4, device="meta")}, "forward"),
+        ({"mask": torch.empty(2, 2048, dtype=torch.bool, device="meta")}, "forward"),
+        ({"kv_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, "forward"),
+        ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, "forward"),
+        ({"dropout": 0.1, "dropout_seed": 1}, "forward"),
+        ({"q_offset": 5, "is_causal": True}, "forward"),  # which is data in JAX
+        ({"q": LONG["q"][:, :, :200], "q_offset": 0, "is_causal": True}, "plain"),
+        ({"q": LONG["q"][:, :, :200], "q_offset": 1848, "is_causal": True}, "plain"),
+        ({"q": LONG["q"][:, :, :100], "q_offset": 0}, "forward"),
+        ({name: x[:, :, :-1] for name, x in LONG.items()}, "forward"),
+        ({name: x[:, :, :1024] for name, x in LONG.items()}, "forward"),
+        ({name: x[..., :64] for name, x in LONG.items()}, "forward"),
+        ({name: x.float() for name, x in LONG.items()}, "forward"),
+        ({name: x.half() for name, x in LONG.items()}, "plain"),
+    ],
+)
+def test_what_the_kernel_of_compute_capability_9_takes(options: dict[str, Any], kernel: str) -> None:
+    call = call_of(**LONG | options)
+    x = (call.h * call.i * call.d, call.i * call.d, call.d)
+    at = options.get("q_offset", 0)
+    for layout, name in ((plans.Layout(x, x, x, at=at, gluon=True), kernel), (plans.Layout(x, x, x, at=at), "forward")):
+        names = [each.kernel for each in plans.plan(call, layout).forward]
+        assert [each for each in names if each in ("forward", "plain")] == [name]
+
+
+@pytest.mark.parametrize(
+    ("capability", "release", "runs"),
+    [("9.0", "3.6.0", True), ("9.0", "3.6.1", True), ("9.0", "3.7.0", False), ("9.0", "3.5.1", False),
+     ("10.0", "3.6.0", False), ("8.0", "3.6.0", False), ("9.0", None, False)],
+)  # fmt: skip
+def test_where_the_kernel_of_compute_capability_9_runs(
+    capability: str, release: str | None, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the release of Triton that it was proved with: Gluon changes from one to the next."""
+
+    def version(name: str) -> str:
+        if release is None:
+            raise PackageNotFoundError(name)
+        return release
+
+    monkeypatch.setattr(plans, "version", version)
+    assert plans.runs_gluon.__wrapped__(capability) == runs
+
+
+def test_where_an_array_lies_does_not_decide_which_kernel_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bits would hang on it. Rows that do not begin at multiples of 16 bytes are copied, and nothing else is."""
+    monkeypatch.setattr(triton, "capability", lambda: "9.0")
+    rows = torch.randn(1, 2, 2048, 136).bfloat16()
+    k = rows[..., :128]
+    odd = torch.empty(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape).copy_(k)
+    for view, copied in (
+        (k, False), (k[:, :1].expand(-1, 2, -1, -1), False), (k.transpose(1, 2).contiguous().transpose(1, 2), False),
+        (odd, True), (rows[..., 1:129], True), (torch.empty(1, 2, 2048, 130).bfloat16()[..., :128].copy_(k), True),
+        (k[:, :, :1].expand(-1, -1, 2048, -1), True),
+    ):  # fmt: skip
+        call = call_of(q=k, k=view, v=view)
+        plan, known = triton._prepare(call, canonical(call, Arrays(k, view, view)))
+        assert plan.forward[-1].launch.kernel == "plain"
+        assert torch.equal(known["k"], view)
+        assert (known["k"].data_ptr() != view.data_ptr()) == copied
+        assert known["k"].data_ptr() % 16 == 0
+        blocks = plan.forward[-1].launch.blocks["k"]
+        heads = 1 if known["k"].stride(1) == 0 else 2
+        assert blocks.shape == (1, heads, 2048, 128)
+        assert torch.equal(known["k"].as_strided(blocks.shape, blocks.strides).expand(view.shape), view)
+
+
+@pytest.mark.parametrize(("at", "kernel"), [(0, "plain"), (1848, "plain"), (5, "forward")])
+def test_a_compiled_call_gets_the_same_kernel(at: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told a number where the eager call has a word for it."""
+    monkeypatch.setattr(triton, "capability", lambda: "9.0")
+    q, k = torch.zeros(1, 2, 200, 128, dtype=torch.bfloat16), torch.zeros(1, 1, 2048, 128, dtype=torch.bfloat16)
+    eager = call_of(q=q, k=k, v=k, q_offset=at, is_causal=True)
+    given = Arrays(q, k, k)
+    compiled = torch_blockwise.canonical(given, None, 0, at, eager.scale, None, 0.0)
+    for call, arrays in ((eager, canonical(eager, given._replace(q_offset=at))), compiled):
+        plan, _ = triton._prepare(call._replace(platform="cuda"), arrays)
+        assert plan.forward[-1].launch.kernel == kernel
+
+
+def plain_launch(**options: Any) -> tuple[Call, plans.Launch]:
+    call = call_of(**LONG | options)
+    x = (4 * 2048 * 128, 2048 * 128, 128)
+    return call, plans.plan(call, plans.Layout(x, x, x, gluon=True)).forward[-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["full", "causal"])
+def test_the_kernel_of_compute_capability_9_compiles_in_jax(options: dict[str, Any]) -> None:
+    """Two groups of warps that compute, and one that loads, which jaxlib is told of; nothing spills."""
+    call, launch = plain_launch(**options)
+    made = gluon.compiled(launch, [call.dtype] * 3 + [output.dtype for output in launch.outputs])
+    assert made.warps == 12
+    assert made.shared <= 227 * 1024
+    for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d"):
+        assert instruction in made.ptx
+    assert made.boxes == ((3, (1, 1, 128, 64)),) * 2
+    arguments = made.ptx.partition(".visible .entry plain(")[2].partition(")")[0].count(".param")
+    assert arguments == 3 + 2 * 8 + len(launch.numbers) + len(launch.outputs) + 2  # jaxlib adds two for scratch memory
+
+
+def fake_jaxlib(**parts: Any) -> SimpleNamespace:
+    """What of jaxlib launches kernels, each part giving its arguments back."""
+
+    class Part(tuple):
+        def to_proto(self, name: str, _: bytes) -> bytes:
+            told.append(self)
+            return name.encode()
+
+    return SimpleNamespace(**{
+        "TritonKernel": lambda *given: given, "TritonKernelCall": lambda *given: Part(given),
+        "create_array_parameter": lambda *given: "array", "create_scalar_parameter": lambda *given: given,
+        "create_tma_descriptor_parameter": lambda **given: given,
+    } | parts)  # fmt: skip
+
+
+told: list[Any] = []
+
+
+def test_what_jaxlib_is_told_of_a_kernel_in_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each parameter that the kernel has, in order: a descriptor with its sizes, and no number that is 1."""
+    monkeypatch.setitem(sys.modules, "jaxlib.gpu_triton", fake_jaxlib())
+    monkeypatch.setattr(jaxlib, "gpu_triton", sys.modules["jaxlib.gpu_triton"], raising=False)
+    assert gluon.available.__wrapped__()
+    _, launch = plain_launch(k=LONG["k"][:, :1], v=LONG["v"][:, :1], is_causal=True)
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 4, 2048, 128), *[(2, 1, 2048, 128)] * 2)]
+    outputs = [jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype, _ in launch.outputs]
+    told.clear()
+    made = jax.jit(lambda *given: gluon.call(launch, given, outputs)).trace(*inputs)
+    assert [(x.shape, str(x.dtype)) for x in made.out_info] == [(x.shape, x.dtype) for x in launch.outputs]
+    ((kernel, *grid, parameters),) = told
+    assert kernel[:4] == ("plain", 12, 1, kernel[3])
+    assert grid == [16, 8, 1]
+    described = {"elem_type": 9, "swizzle": 3, "shape": [2, 1, 2048, 128], "strides": [1048576, 262144, 128, 1],
+                 "block_shape": [1, 1, 128, 64], "oob_fill": 0}  # fmt: skip
+    sizes = [*((n, "i32") for n in described["shape"]), *((n, "i64") for n in described["strides"])]
+    scalars = [(n, "fp32" if isinstance(n, float) else "i32") for n in launch.numbers]
+    assert parameters == ["array", described, *sizes, described, *sizes, *scalars, *["array"] * 5]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"create_tma_descriptor_parameter": None}, {"TritonKernel": lambda name: name}, {"TritonKernelCall": None}],
+    ids=["no descriptors", "other arguments", "no calls"],
+)
+def test_a_jaxlib_without_what_launches_it_takes_the_other_kernel(
+    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jaxlib.gpu_triton", fake_jaxlib(**parts))
+    monkeypatch.setattr(jaxlib, "gpu_triton", sys.modules["jaxlib.gpu_triton"], raising=False)
+    assert not gluon.available.__wrapped__()
+    monkeypatch.setattr(jax_triton, "capability", lambda: "9.0")
+    x = jnp.zeros((1, 1, 2048, 128), jnp.bfloat16)
+    given = Arrays(x, x, x)
+    call = check(JAX, given, False, None, None, None, 0.0, False, "bhnd", None)._replace(platform="cuda")
+    for there, kernel in ((False, "forward"), (True, "plain")):
+        monkeypatch.setattr(gluon, "available", lambda there=there: there)
+        plan, _ = jax_triton._prepare(call, canonical(call, given))
+        assert plan.forward[-1].kernel == kernel
 
 
 # JAX: what happens around the launches, with einsum in their place.

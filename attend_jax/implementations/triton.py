@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from packaging.version import Version
 
+from attend_jax import gluon
 from attend_jax.arrays import varying
 from attend_jax.implementations import einsum
 from attend_jax.implementations.blockwise import Floats
@@ -143,7 +144,8 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[Plan, dict[str, Array]]:
     one_id = arrays.kv_segment_ids is None
     q, k, v = (_strides(x, bnhd) for x in arrays[:3])
     layout = Layout(q, k, v, _pair_strides(arrays.mask), _pair_strides(arrays.bias), offset, 0, one_id,
-                    capability() not in plans.MUCH_SHARED)  # fmt: skip
+                    capability() not in plans.MUCH_SHARED,
+                    plans.runs_gluon(capability()) and gluon.available())  # fmt: skip
     if one_id:
         arrays = arrays._replace(kv_segment_ids=arrays.q_segment_ids)
     known = {name: x for name, x in arrays._asdict().items() if x is not None}
@@ -173,17 +175,18 @@ def _run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
     """Run the launches in order, their outputs put among the arrays."""
     import jax_triton
 
-    from attend_shared.kernels import attention
-
     nothing = arrays["q"]
     for launch in launches:
         given = [nothing if name is None else arrays[name] for name in launch.inputs]
-        numbers = [np.float32(x) if isinstance(x, float) else x for x in launch.numbers]
-        made = jax_triton.triton_call(
-            *given, *numbers, kernel=getattr(attention, launch.kernel), grid=launch.grid, name=launch.kernel,
-            out_shape=[jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for _, shape, dtype, _ in launch.outputs],
-            num_warps=launch.warps, num_stages=launch.stages, **launch.constants,
-        )  # fmt: skip
+        outputs = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for _, shape, dtype, _ in launch.outputs]
+        if launch.gluon:
+            made = gluon.call(launch, given, outputs)
+        else:
+            numbers = [np.float32(x) if isinstance(x, float) else x for x in launch.numbers]
+            made = jax_triton.triton_call(
+                *given, *numbers, kernel=launch.function, grid=launch.grid, name=launch.kernel, out_shape=outputs,
+                num_warps=launch.warps, num_stages=launch.stages, **launch.constants,
+            )  # fmt: skip
         made = varying(made, nothing)  # of which a launch says nothing
         arrays.update(zip((output.name for output in launch.outputs), made, strict=True))
 

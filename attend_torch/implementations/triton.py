@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from attend_shared import meaning
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
-from attend_shared.kernels.plan import Launch, Layout
+from attend_shared.kernels.plan import Blocks, Launch, Layout
 from attend_torch.arrays import is_traced
 from attend_torch.implementations import blockwise, einsum, rowwise
 from attend_torch.implementations.blockwise import COUNT, FLOATS
@@ -178,9 +178,43 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _is_aligned(x: Tensor) -> bool:
+    """Whether each row of x begins at a multiple of 16 bytes, in a place of its own."""
+    a, b, c, _ = x.stride()
+    return x.data_ptr() % 16 == 0 and (a | b | c) % 8 == 0 and c > 0
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The same numbers where they are: where an array lies must not decide which kernel it gets."""
+    return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 def _strides(x: Tensor | None) -> tuple[int, ...] | None:
     """Strides of what broadcasts: 0 along axes of size 1."""
     return None if x is None else tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+class _Source(NamedTuple):
+    """What Triton's launcher makes a tensor descriptor of."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str = "zero"
+
+
+def _source(x: Tensor, blocks: Blocks) -> _Source:
+    return _Source(x, blocks.shape, blocks.strides)
+
+
+def _descriptor(x: Tensor, blocks: Blocks) -> Any:
+    """The same, with all that Triton looks at when it compiles."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from attend_shared.kernels import hopper
+
+    layout = hopper.block_layout(blocks.block)
+    return TensorDescriptor(x, list(blocks.shape), list(blocks.strides), list(blocks.block), layout)
 
 
 # A call of a short sequence takes longer to launch than to run. What follows does in each call only what may differ
@@ -194,10 +228,8 @@ class _Kernel:
     """
 
     def __init__(self, launch: Launch) -> None:
-        from attend_shared.kernels import attention
-
         self.launch = launch
-        self.kernel = getattr(attention, launch.kernel)
+        self.kernel = launch.function
         self.given = tuple({name: None for name in launch.inputs if name is not None})
         self.made = tuple((x.name, x.shape, _contiguous(x.shape), getattr(torch, x.dtype))
                           for x in launch.outputs if x.used)  # fmt: skip
@@ -205,6 +237,7 @@ class _Kernel:
         self.constants = tuple(launch.constants[name] for name in self.kernel.arg_names if name in launch.constants)
         order = [None, *self.given, *(name for name, *_ in self.made)]
         self.inputs, self.results = _picks(map(order.index, launch.inputs)), _picks(map(order.index, self.outputs))
+        self.described = tuple((launch.inputs.index(name), name, blocks) for name, blocks in launch.blocks.items())
         self.compiled: dict[tuple, Callable[[int, bool, tuple, tuple], None]] = {}
 
     def __call__(self, arrays: dict[str, Tensor], device: int, stream: int, heard: bool) -> None:
@@ -219,13 +252,24 @@ class _Kernel:
         if launch is None:
             self._compile(arrays, key)
         else:
-            launch(stream, heard, self.inputs(places), self.results(places))
+            inputs = self.inputs(places)
+            if self.described:
+                inputs = self._described(inputs, arrays, _source)
+            launch(stream, heard, inputs, self.results(places))
+
+    def _described(self, inputs: Sequence[Any], arrays: dict[str, Tensor], make: Callable[..., Any]) -> list[Any]:
+        """The inputs, some of them by what a tensor descriptor is made of."""
+        described = list(inputs)
+        for n, name, blocks in self.described:
+            described[n] = make(arrays[name], blocks)
+        return described
 
     def _compile(self, arrays: dict[str, Tensor], key: tuple) -> None:
         """Run it as Triton's launcher does, and keep what that compiled."""
         launch, any_array = self.launch, arrays["q"]
+        inputs = [any_array if name is None else arrays[name] for name in launch.inputs]
         compiled = self.kernel[launch.grid](
-            *(any_array if name is None else arrays[name] for name in launch.inputs), *launch.numbers,
+            *self._described(inputs, arrays, _descriptor), *launch.numbers,
             *(arrays[name] for name in self.outputs), **launch.constants,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
@@ -293,6 +337,7 @@ class _Plan:
         inputs = {name for launch in plan.forward for name in launch.inputs}
         self.names = [name for name in _SMALL if name in inputs]
         self.bounds = plan.bounds
+        self.gluon = any(launch.gluon for launch in plan.forward)
         self.forward = tuple(map(_Kernel, plan.forward))
         self.backward = lru_cache(maxsize=64)(lambda *how: tuple(map(_Kernel, plan.backward(*how))))
 
@@ -303,7 +348,8 @@ def _plan(
 ) -> _Plan:
     """For arrays of these strides; the others as in `Layout`."""
     little = capability() not in plans.MUCH_SHARED
-    return _Plan(call, Layout(q[:3], k[:3], v[:3], mask, bias, offset, at, one_id, little))
+    gluon = plans.runs_gluon(capability())
+    return _Plan(call, Layout(q[:3], k[:3], v[:3], mask, bias, offset, at, one_id, little, gluon))
 
 
 _SMALL = ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "dropout_seed")
@@ -327,6 +373,8 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     elif isinstance(at, Tensor):
         offset, at = at.ndim + 1, 0
     plan = _plan(call, of_q, of_k, of_v, _strides(mask), _strides(bias), offset, at, q_ids is kv_ids)
+    if plan.gluon and not all(map(_is_aligned, (q, k, v))):  # what is copied is
+        return _prepare(call, arrays._replace(q=_aligned(q), k=_aligned(k), v=_aligned(v)))
     for name in plan.names:
         known[name] = getattr(arrays, name).contiguous()
     return plan, known

@@ -1,4 +1,5 @@
 """Kernels in Triton that no framework owns: `attention` has the sources, `plan` says what a call launches.
 
-`attention` imports triton, and so is imported by none but what launches it.
+`hopper` has what is in Gluon, Triton's lower language, for GPUs of compute capability 9.0. Both import triton, and so
+are imported by none but what launches them.
 """

@@ -9,8 +9,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
+
+from packaging.version import Version
 
 from attend_shared.call import FAR, Call
 from attend_shared.philox import threshold
@@ -35,6 +39,19 @@ class Output(NamedTuple):
     used: bool = True
 
 
+class Blocks(NamedTuple):
+    """An array as a tensor descriptor has it, which loads a block of it at once.
+
+    Attributes:
+        shape, strides: its own, in elements.
+        block: the shape of a block.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
 class Launch(NamedTuple):
     """One launch of a kernel of `attention`: kernel[grid](*inputs, *numbers, *outputs, **constants).
 
@@ -46,6 +63,8 @@ class Launch(NamedTuple):
         outputs: what it writes.
         constants: what is fixed when it is compiled.
         warps, stages: num_warps and num_stages.
+        gluon: whether it is a kernel of `hopper`, not of `attention`.
+        blocks: inputs that are given as tensor descriptors, by their names.
     """
 
     kernel: str
@@ -56,6 +75,14 @@ class Launch(NamedTuple):
     constants: Mapping[str, Any]
     warps: int
     stages: int
+    gluon: bool = False
+    blocks: Mapping[str, Blocks] = {}
+
+    @property
+    def function(self) -> Any:
+        """The kernel itself."""
+        module = "hopper" if self.gluon else "attention"
+        return getattr(import_module(f"attend_shared.kernels.{module}"), self.kernel)
 
 
 class Layout(NamedTuple):
@@ -68,6 +95,8 @@ class Layout(NamedTuple):
         at: q_offset where it is a number.
         one_id: whether q_segment_ids and kv_segment_ids are the same array.
         little: whether a program of this GPU has less than 200 KB of shared memory.
+        gluon: whether this GPU runs the kernels of `hopper`; the rows of what those take must begin at multiples of 16
+            bytes.
     """
 
     q: Strides
@@ -79,6 +108,7 @@ class Layout(NamedTuple):
     at: int = 0
     one_id: bool = False
     little: bool = False
+    gluon: bool = False
 
 
 class Tile(NamedTuple):
@@ -133,6 +163,8 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("split", 4, 128): Tile(32, 32, 4, 2),
     ("split", 4, 256): Tile(16, 16, 4, 2),
 }
+PLAIN = Tile(128, 128, 4, 2)  # of hopper.plain: of each of its groups of warps, and of keys and values alike
+MANY_KEYS = 2048  # from which on it is faster: there is one program of it a multiprocessor, whose start nothing hides
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
@@ -141,6 +173,16 @@ BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, whi
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
 PROGRAMS = 8 * 132  # that fill a GPU
 PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
+
+
+@cache
+def runs_gluon(capability: str) -> bool:
+    """Whether a GPU of this compute capability runs the kernels of `hopper` with the Triton that is here."""
+    try:
+        release = Version(version("triton")).release
+    except PackageNotFoundError:
+        return False
+    return capability == "9.0" and release[:2] == (3, 6) and not INTERPRETED  # Gluon changes with each release
 
 
 def refusal(call: Call) -> str | None:
@@ -185,6 +227,41 @@ def parts(call: Call, little: bool = False) -> int:
         return 0
     number = min(64, _cdiv(call.j, size.keys) // PART, _cdiv(PROGRAMS, call.b * call.hk))
     return number if number > 1 else 0
+
+
+def _is_plain(call: Call, layout: Layout) -> bool:
+    """Whether `hopper.plain` makes the same, faster: nothing but a bound on the right, long rows, whole blocks.
+
+    Never by how arrays lie: then the bits would hang on it.
+    """
+    if not layout.gluon or call.j < MANY_KEYS or not call.d == call.dv == 128 or call.dtype == "float32":
+        return False
+    if call.i < PLAIN.queries or call.j % PLAIN.keys or call.scale <= 0:
+        return False
+    if call.offset == "data" and (layout.offset or layout.at not in (0, call.j - call.i)):
+        return False  # other numbers are data in JAX
+    arrays = (call.mask, call.bias, call.left, call.sinks, call.softcap)
+    return all(x is None for x in arrays) and not (call.segments or call.q_lengths or call.kv_lengths or call.dropout)
+
+
+def _plain(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
+    at, _, right, *_ = shared.rest
+    k, v = shared.layout.k, shared.layout.v
+    return Launch(
+        "plain", (_cdiv(call.i, PLAIN.queries), call.b * call.h, 1), ("q", "k", "v"),
+        (call.h, call.i, call.j, shared.rows, *shared.qkv[:2], max(-FAR, min(FAR, at + right)), shared.factor), results,
+        {"GROUP": call.h // call.hk, "D": call.d, "BN": PLAIN.keys, "UNIT": shared.unit, "QN": shared.layout.q[2],
+         "KB": min(k[0], 1), "KH": min(k[1], 1), "VB": min(v[0], 1), "VH": min(v[1], 1), "BNHD": shared.bnhd,
+         "RIGHT": call.right is not None, "STAGES_K": PLAIN.stages, "STAGES_V": PLAIN.stages},
+        PLAIN.warps, 1, True, {"k": _blocks(call, k), "v": _blocks(call, v)},
+    )  # fmt: skip
+
+
+def _blocks(call: Call, strides: Strides) -> Blocks:
+    """Keys or values as a descriptor has them: of items or heads that are one in memory one, for no stride may be 0."""
+    sizes = [1 if stride == 0 else size for size, stride in zip((call.b, call.hk), strides, strict=False)]
+    steps = [stride or call.d for stride in strides]
+    return Blocks((*sizes, call.j, call.d), (*steps, 1), (1, 1, PLAIN.keys, call.d))
 
 
 def _key_passes(call: Call) -> tuple[tuple[str, bool, bool], ...]:
@@ -335,6 +412,8 @@ def plan(call: Call, layout: Layout) -> Plan:
                      "EXACT": exact, "SPLIT": split > 0},
         size.warps, size.stages,
     ))  # fmt: skip
+    if not split and _is_plain(call, layout):
+        launches[-1] = _plain(call, shared, results)
     if split:
         launches.append(Launch(
             "join", (h // hk * i, b * hk, 1),
