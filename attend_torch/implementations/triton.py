@@ -252,7 +252,7 @@ class _Kernel:
         if launch is None:
             self._compile(arrays, key)
         else:
-            inputs = self.inputs(places)
+            inputs: Sequence[Any] = self.inputs(places)
             if self.described:
                 inputs = self._described(inputs, arrays, _source)
             launch(stream, heard, inputs, self.results(places))
