@@ -252,17 +252,17 @@ class _Kernel:
         if launch is None:
             self._compile(arrays, key)
         else:
-            inputs: Sequence[Any] = self.inputs(places)
+            inputs = self.inputs(places)
             if self.described:
                 inputs = self._described(inputs, arrays, _source)
             launch(stream, heard, inputs, self.results(places))
 
-    def _described(self, inputs: Sequence[Any], arrays: dict[str, Tensor], make: Callable[..., Any]) -> list[Any]:
+    def _described(self, inputs: Sequence[Any], arrays: dict[str, Tensor], make: Callable[..., Any]) -> tuple:
         """The inputs, some of them by what a tensor descriptor is made of."""
         described = list(inputs)
         for n, name, blocks in self.described:
             described[n] = make(arrays[name], blocks)
-        return described
+        return tuple(described)
 
     def _compile(self, arrays: dict[str, Tensor], key: tuple) -> None:
         """Run it as Triton's launcher does, and keep what that compiled."""
