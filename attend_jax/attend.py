@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attend_jax import runs
 from attend_jax.arrays import FRAMEWORK, SHAPES, alike, segment_ids, to_int32
 from attend_jax.functions import Captured, lift, lower
-from attend_jax.implementations import table
+from attend_jax.implementations import PACKING, table
 from attend_jax.machine import capability
 from attend_jax.philox import seed_words
 from attend_shared import choice, devices
@@ -145,12 +146,28 @@ def attend(
 def run(arrays: Arrays, *options: Any) -> Any:
     """What `attend` and `Attend` share: the data, and the options in the order in which `check` takes them."""
     call = check(FRAMEWORK, arrays, *options)
+    call, starts = looked(call, arrays) if call.segments else (call, None)
     name = choice.choose(table(None if call.names else call), call).name
     captured: Captured = ((), ())
     if call.custom:
         call, captured = lift(call)
-    out, lse = _compute(call, name, _canonical(call, arrays), captured)
+    arrays = _canonical(call, arrays)
+    if call.runs:
+        call, arrays = _settled(call, arrays, name, starts)
+    out, lse = _compute(call, name, arrays, captured)
     return (out, lse) if call.return_lse else out
+
+
+def looked(call: Call, arrays: Arrays) -> tuple[Call, np.ndarray | None]:
+    """`attend_jax.runs.look` for the one implementation that takes packed sequences."""
+    return runs.look(lambda: table(call), call, arrays, PACKING)
+
+
+def _settled(call: Call, arrays: Arrays, name: str, starts: np.ndarray | None) -> tuple[Call, Arrays]:
+    """What runs are is for the implementation that takes them; the others see ids, and the call as it was."""
+    if name != PACKING:
+        return call._replace(runs=""), arrays
+    return call, arrays if starts is None else arrays._replace(q_segment_ids=starts, kv_segment_ids=starts)
 
 
 def _canonical(call: Call, arrays: Arrays) -> Arrays:
@@ -238,6 +255,8 @@ def explain(
     )
     call = check(SHAPES, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation,
                  None, score_fn, mask_fn)  # fmt: skip
+    if call.segments:
+        call, _ = looked(call, arrays)
     return devices.explained(choice.explain(table(call), call), table(call), call, capability())
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attend_jax.attend import attend
-from attend_jax.implementations import table
+from attend_jax.implementations import PACKING, table
 from attend_shared.cases import Problem
 from attend_shared.compare import Outcome
 
@@ -54,7 +54,8 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
         leaves: dict[str, Any] = {name: arguments.pop(name) for name in problem.dtypes}
         data: dict[str, Any] = {
             name: arguments.pop(name) for name, value in list(arguments.items()) if isinstance(value, jax.Array)
-        }
+            if not (implementation == PACKING and name.endswith("segment_ids"))  # which it must know by then
+        }  # fmt: skip
         cotangents: Any = jnp.asarray(problem.out_cotangent, problem.dtypes["q"])
         if wants_lse:
             accumulation = "float64" if problem.dtypes["q"] == "float64" else "float32"

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attend_jax.arrays import FRAMEWORK, positions
+from attend_jax.runs import made
 from attend_shared import convert
 
 Array = jax.Array | np.ndarray
@@ -85,7 +86,8 @@ def segments_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
         length: the packed length; positions from cu_seqlens[-1] on are padding and get the id -1.
 
     Returns:
-        integers (1, length), for q_segment_ids and kv_segment_ids.
+        integers (1, length), for q_segment_ids and kv_segment_ids. Of these it is known, without reading them, that
+        every segment is one run, which implementations that take packed sequences ask for.
 
     Raises:
         TypeError, ValueError: another dtype or rank.
@@ -94,7 +96,9 @@ def segments_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
         >>> segments_from_cu_seqlens(jnp.array([0, 2, 3]), 4)
         Array([[ 0,  0,  1, -1]], dtype=int32)
     """
-    return convert.segments_from_cu_seqlens(FRAMEWORK, cu_seqlens, length, positions)
+    ids = convert.segments_from_cu_seqlens(FRAMEWORK, cu_seqlens, length, positions)
+    made(ids, cu_seqlens)
+    return ids
 
 
 def mask_from_left_padding(lengths: Array, kv_len: int) -> Array:

@@ -11,8 +11,9 @@ from attend_shared import avoid, choice, devices
 from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.choice import Explanation, Implementation
 from attend_shared.merging import check_merge, merge_parts
+from attend_torch import runs
 from attend_torch.arrays import FRAMEWORK, device_type, signed
-from attend_torch.implementations import table
+from attend_torch.implementations import PACKING, table
 from attend_torch.machine import capability
 from attend_torch.philox import seed_words
 
@@ -146,10 +147,26 @@ def run(arrays: Arrays, *options: Any) -> Any:
         with torch.autocast(kind, enabled=False):
             return run(_autocast(arrays, torch.get_autocast_dtype(kind)), *options)
     call = check(FRAMEWORK, arrays, *options)
-    out, lse = choice.choose(table(None if call.names else call), call).module.attend(call, _canonical(call, arrays))
+    call, starts = looked(call, arrays) if call.segments else (call, None)
+    chosen = choice.choose(table(None if call.names else call), call)
+    if call.runs:
+        call, arrays = _settled(call, arrays, chosen.name, starts)
+    out, lse = chosen.module.attend(call, _canonical(call, arrays))
     if call.layout == "bnhd":
         out = out.transpose(1, 2)
     return (out, lse) if call.return_lse else out
+
+
+def looked(call: Call, arrays: Arrays) -> tuple[Call, torch.Tensor | None]:
+    """`attend_torch.runs.look` for the one implementation that takes packed sequences."""
+    return runs.look(lambda: table(call), call, arrays, PACKING)
+
+
+def _settled(call: Call, arrays: Arrays, name: str, starts: torch.Tensor | None) -> tuple[Call, Arrays]:
+    """What runs are is for the implementation that takes them; the others see ids, and the call as it was."""
+    if name != PACKING:
+        return call._replace(runs=""), arrays
+    return call, arrays if starts is None else arrays._replace(q_segment_ids=starts, kv_segment_ids=starts)
 
 
 def _canonical(call: Call, arrays: Arrays) -> Arrays:
@@ -217,6 +234,8 @@ def explain(
         arrays = _autocast(arrays, torch.get_autocast_dtype(kind))
     call = check(FRAMEWORK, arrays, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation,
                  None, score_fn, mask_fn)  # fmt: skip
+    if call.segments:
+        call, _ = looked(call, arrays)
     return devices.explained(choice.explain(table(call), call), table(call), call, capability())
 
 

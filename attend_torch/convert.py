@@ -9,6 +9,7 @@ import torch
 
 from attend_shared import convert
 from attend_torch.arrays import FRAMEWORK, positions
+from attend_torch.runs import made
 
 
 def mask_from_additive(additive: torch.Tensor, *, threshold: float = -1000.0) -> torch.Tensor:
@@ -84,7 +85,8 @@ def segments_from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> torch.Ten
         length: the packed length; positions from cu_seqlens[-1] on are padding and get the id -1.
 
     Returns:
-        integers (1, length), for q_segment_ids and kv_segment_ids.
+        integers (1, length), for q_segment_ids and kv_segment_ids. Of these it is known, without reading them, that
+        every segment is one run, which implementations that take packed sequences ask for.
 
     Raises:
         TypeError, ValueError: another dtype or rank.
@@ -93,7 +95,9 @@ def segments_from_cu_seqlens(cu_seqlens: torch.Tensor, length: int) -> torch.Ten
         >>> segments_from_cu_seqlens(torch.tensor([0, 2, 3]), 4)
         tensor([[ 0,  0,  1, -1]])
     """
-    return convert.segments_from_cu_seqlens(FRAMEWORK, cu_seqlens, length, positions)
+    ids = convert.segments_from_cu_seqlens(FRAMEWORK, cu_seqlens, length, positions)
+    made(ids, cu_seqlens)
+    return ids
 
 
 def mask_from_left_padding(lengths: torch.Tensor, kv_len: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ and rows beyond them are not written. So a call that comes out right here was pu
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from types import ModuleType
@@ -131,11 +132,31 @@ def _wide(q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     return q.double(), *(x.double().repeat_interleave(group, 2) for x in (k, v))
 
 
+def _packed(starts: Any, total: int) -> list[slice]:
+    """The sequences that starts say, each after the other, without a gap."""
+    assert starts.dtype == torch.int32
+    bounds = starts.tolist()
+    assert bounds == sorted(bounds)
+    assert (bounds[0], bounds[-1]) == (0, total)
+    return [slice(*each) for each in itertools.pairwise(bounds)]
+
+
 def _flash_attn_fwd(
-    q: Any, k: Any, v: Any, seqused_q: Any, seqused_k: Any, softmax_scale: float, softcap: float | None,
-    window_size_left: int | None, window_size_right: int | None, learnable_sink: Any, return_lse: bool, out: Any,
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_q: Any, seqused_k: Any, softmax_scale: float,
+    softcap: float | None, window_size_left: int | None, window_size_right: int | None, learnable_sink: Any,
+    return_lse: bool, out: Any,
 ) -> tuple:  # fmt: skip
     assert return_lse
+    options = (softmax_scale, softcap, window_size_left, window_size_right, learnable_sink, True)
+    if cu_seqlens_q is not None:
+        assert cu_seqlens_k is cu_seqlens_q
+        assert seqused_q is seqused_k is None
+        assert out.ndim == q.ndim == 3
+        found = [
+            _flash_attn_fwd(q[at][None], k[at][None], v[at][None], None, None, None, None, *options, out[at][None])[1]
+            for at in _packed(cu_seqlens_q, len(q))
+        ]
+        return out, torch.cat([lse[0] for lse in found], 1), None, None, None
     q, k, v = _wide(q, k, v)
     s, _, written = _logits(q, k, softmax_scale, softcap, window_size_left, window_size_right, seqused_q, seqused_k)
     if learnable_sink is not None:
@@ -150,11 +171,24 @@ def _flash_attn_fwd(
 
 def _flash_attn_bwd(
     q: Any, k: Any, v: Any, out: Any, dout: Any, lse: Any, softmax_scale: float, softcap: float,
-    window_size_left: int | None, window_size_right: int | None, seqused_q: Any, seqused_k: Any, deterministic: bool,
-    dlse: Any, learnable_sink: Any,
+    window_size_left: int | None, window_size_right: int | None, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_q: Any,
+    seqused_k: Any, deterministic: bool, dlse: Any, learnable_sink: Any,
 ) -> tuple:  # fmt: skip
     assert out.shape == dout.shape
     assert isinstance(deterministic, bool)
+    if cu_seqlens_q is not None:
+        assert cu_seqlens_k is cu_seqlens_q
+        assert lse.shape == (q.shape[1], len(q))
+        options = (softmax_scale, softcap, window_size_left, window_size_right, None, None, None, None, deterministic)
+        found = [
+            _flash_attn_bwd(
+                *(x[at][None] for x in (q, k, v, out, dout)), lse[None, :, at], *options,
+                None if dlse is None else dlse[None, :, at], learnable_sink,
+            )
+            for at in _packed(cu_seqlens_q, len(q))
+        ]  # fmt: skip
+        gradients = [torch.cat([each[n][0] for each in found]) for n in range(3)]
+        return (*gradients, *([] if learnable_sink is None else [sum(each[3] for each in found)]))
     dtype, hk = q.dtype, k.shape[2]
     q, k, v = _wide(q, k, v)
     s, slope, written = _logits(
@@ -194,13 +228,21 @@ def flash_attn_varlen(
     window_size: tuple[int | None, int | None], scale: float, defined_padding: bool,
 ) -> jax.Array:  # fmt: skip
     assert defined_padding
+    if cu_seqlens_k is cu_seqlens_q:  # segments: as one item, of pairs within the same run
+        assert seqused_q is seqused_k is None
+        assert cu_seqlens_q.dtype == jnp.int32
+        run = jnp.searchsorted(cu_seqlens_q, jnp.arange(len(q)), side="right")
+        return _jax(*(x[None] for x in (q, k, v)), window_size, scale, None, None, run)[0]
     b = len(cu_seqlens_q) - 1
     assert len(cu_seqlens_k) - 1 == b
     apart = [x.reshape(b, -1, *x.shape[1:]) for x in (q, k, v)]
     return _jax(*apart, window_size, scale, seqused_q, seqused_k).reshape(*q.shape[:2], v.shape[2])
 
 
-def _jax(q: Any, k: Any, v: Any, window: tuple[int | None, int | None], scale: float, q_used: Any, kv_used: Any) -> Any:
+def _jax(
+    q: Any, k: Any, v: Any, window: tuple[int | None, int | None], scale: float, q_used: Any, kv_used: Any,
+    run: Any = None,
+) -> Any:  # fmt: skip
     assert q.dtype in (jnp.float16, jnp.bfloat16)
     (b, i, h, _), j, dtype = q.shape, k.shape[1], q.dtype
     q_used = jnp.full((b,), i) if q_used is None else q_used
@@ -216,6 +258,8 @@ def _jax(q: Any, k: Any, v: Any, window: tuple[int | None, int | None], scale: f
         may &= jnp.arange(j) >= at - window[0]
     if window[1] is not None:
         may &= jnp.arange(j) <= at + window[1]
+    if run is not None:
+        may &= run[:, None] == run
     some = may.any(3, keepdims=True)
     p = jax.nn.softmax(jnp.where(may, s, jnp.where(some, -math.inf, 0)), 3)
     p = jnp.where(may, p, 0)

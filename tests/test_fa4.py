@@ -46,6 +46,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 LENGTHS, IDS = meta(2, dtype=INT), meta(2, 96, dtype=INT)
+ONE_ITEM = {name: meta(1, 4, 96, 64) for name in "qkv"} | {"q_segment_ids": meta(1, 96, dtype=INT)}
 OWN_ENDS = (
     "it counts causal and window from the end of each item's own lengths, which is right only where one array is both "
     "q_lengths and kv_lengths"
@@ -65,7 +66,13 @@ BOTH = [
     ({name: meta(65536, 1, 8, 64) for name in "qkv"}, "it takes up to 65535 items and heads"),
     ({"mask": meta(2, 96, dtype=torch.bool)}, "it has no mask"),
     ({"bias": meta(1, 4, 96, 96)}, "it has no bias"),
-    ({"q_segment_ids": IDS}, "it takes segments that lie one after the other, and ids, which are data, need not"),
+    (ONE_ITEM, "it takes segments that lie one after the other, and whether these do was not looked at"),
+    ({"q_segment_ids": IDS},
+     "it takes segments of one item, as a tile of packed keys may reach into the next item and bring NaN from there: "
+     "put all in one row, with ids of their own"),
+    ({"q": meta(2, 4, 8, 64), "q_segment_ids": meta(2, 8, dtype=INT), "kv_segment_ids": IDS},
+     "it takes segments that lie one after the other, in q as in k, so q_len must be kv_len"),
+    (ONE_ITEM | {"kv_lengths": meta(1, dtype=INT)}, "beside segments it has no lengths"),
     ({"dropout": 0.1, "dropout_seed": 0}, "it has no dropout"),
     ({"scale": 0.0}, "it looks for the largest logit before it scales, which takes a scale > 0"),
     ({"is_causal": True, "q_offset": 3},

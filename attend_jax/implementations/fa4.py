@@ -52,10 +52,11 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
     size = flash.size(call, PACKAGE)
     q, k, v = (padded(x, size).swapaxes(1, 2) for x in arrays[:3])  # (b n h size)
     options = {"window_size": flash.window(call), "scale": call.scale}
-    if counts_q or counts_kv:
+    if counts_q or counts_kv or call.segments:
+        bounds = (jnp.array(flash.starts(call.b, n), jnp.int32) for n in (call.i, call.j))
         out = fa4_jax.flash_attn_varlen(
             *(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)),  # (b * n, h, size)
-            *(jnp.array(flash.starts(call.b, n), jnp.int32) for n in (call.i, call.j)),
+            *((arrays.q_segment_ids,) * 2 if call.segments else bounds),  # of runs: what the door makes of ids
             seqused_q=flash.used(arrays.q_lengths, call.i) if counts_q else None,
             seqused_k=flash.used(arrays.kv_lengths, call.j) if counts_kv else None,
             defined_padding=True, **options,

@@ -17,6 +17,7 @@ SDPA, TRITON = Entry("sdpa", True, sdpa), Entry("triton", True, triton)
 FLEX = Entry("flex", True, flex, custom=True)
 BLOCKWISE = Entry("blockwise", True, blockwise, custom=True)
 ROWWISE, EINSUM = Entry("rowwise", True, rowwise, custom=True), Entry("einsum", False, einsum, custom=True)
+PACKING = FA4.name  # which takes segments that are runs, as packed sequences
 LITTLE = 2**22  # logits
 ENTRIES = {entry.name: entry for entry in (FA4, SDPA, TRITON, FLEX, BLOCKWISE, ROWWISE, EINSUM)}
 

@@ -42,11 +42,13 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     """out (b h i dv) in q's dtype, and lse (b h i) in float32. Differentiable once, in reverse."""
     if call.is_empty:
         return einsum.attend(call, arrays)
-    arrays = hide(call, arrays)  # a tile of keys is loaded whole, and its weights of 0 do not keep a NaN out
+    if not call.segments:  # where ids are the same in q and k they hide nothing
+        arrays = hide(call, arrays)  # a tile of keys is loaded whole, and its weights of 0 do not keep a NaN out
     lengths = zip(flash.counted(call), (arrays.q_lengths, arrays.kv_lengths), (call.i, call.j), strict=True)
     q_used, kv_used = (flash.used(x, n).int() if given else None for given, x, n in lengths)
     size = flash.size(call, PACKAGE)
-    inputs = (*(_padded(x, size) for x in arrays[:3]), arrays.sinks, q_used, kv_used)
+    starts = arrays.q_segment_ids  # of runs: what the door makes of ids
+    inputs = (*(_padded(x, size) for x in arrays[:3]), arrays.sinks, q_used, kv_used, starts)
     options = (*flash.window(call), call.scale, call.softcap, call.layout == "bnhd")
     if is_traced(arrays.q):  # what looks on takes the operator whole
         out, lse = torch.ops.attend_torch.fa4(*inputs, *options)
@@ -71,7 +73,7 @@ def _empty(call: Call, arrays: Arrays, out: Tensor, lse: Tensor) -> tuple[Tensor
     return torch.where(rows[:, None, :, None], 0, out), torch.where(rows[:, None], nothing, lse)
 
 
-INPUTS = ("q", "k", "v", "sinks", "q_lengths", "kv_lengths")
+INPUTS = ("q", "k", "v", "sinks", "q_lengths", "kv_lengths", "starts")
 
 
 class _Attend(torch.autograd.Function):
@@ -91,7 +93,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
         dout = torch.zeros_like(ctx.saved_tensors[-2]) if dout is None else dout
         dq, dk, dv, dsinks = _Gradients.apply(ctx.options, *ctx.saved_tensors, dout, dlse)
-        return None, dq, dk, dv, dsinks if ctx.needs_input_grad[4] else None, None, None
+        return None, dq, dk, dv, dsinks if ctx.needs_input_grad[4] else None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
@@ -104,15 +106,20 @@ def _forward(
     """out (b h i dv), lying as the caller's q does, and lse (b h i)."""
     from flash_attn.cute import interface
 
-    q, k, v, sinks, q_used, kv_used = inputs
+    q, k, v, sinks, q_used, kv_used, starts = inputs
     out = _made(q, v, bnhd)
     with torch.cuda.device_of(q):
         lse = interface._flash_attn_fwd(
-            *(x.detach().transpose(1, 2) for x in (q, k, v)), seqused_q=q_used, seqused_k=kv_used, softmax_scale=scale,
-            softcap=softcap, window_size_left=left, window_size_right=right,
-            learnable_sink=None if sinks is None else sinks.detach(), return_lse=True, out=out.transpose(1, 2),
+            *(_laid(x.detach(), starts) for x in (q, k, v)), cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used,
+            seqused_k=kv_used, softmax_scale=scale, softcap=softcap, window_size_left=left, window_size_right=right,
+            learnable_sink=None if sinks is None else sinks.detach(), return_lse=True, out=_laid(out, starts),
         )[1]  # fmt: skip
-    return out, lse
+    return out, lse if starts is None else lse.unsqueeze(0)
+
+
+def _laid(x: Tensor, starts: Tensor | None) -> Tensor:
+    """x (b h n d) as (b n h d), or (n h d) where it goes as packed sequences."""
+    return x.transpose(1, 2) if starts is None else x.squeeze(0).transpose(0, 1)
 
 
 def _made(q: Tensor, v: Tensor, bnhd: bool) -> Tensor:
@@ -127,17 +134,21 @@ def _gradients(
     """dq, dk, dv as q, k, v lie, and dsinks, of shape (0,) where there are none."""
     from flash_attn.cute import interface
 
-    q, k, v, sinks, q_used, kv_used, out, lse, dout, dlse = inputs
+    q, k, v, sinks, q_used, kv_used, starts, out, lse, dout, dlse = inputs
     if dlse is not None:  # that of an lse of -inf counts for nothing
         dlse = torch.where(lse == -torch.inf, 0, dlse)
+    if starts is not None:
+        lse, dlse = lse.squeeze(0), None if dlse is None else dlse.squeeze(0)
     with torch.cuda.device_of(q):
         gradients = interface._flash_attn_bwd(
-            *(x.detach().transpose(1, 2) for x in (q, k, v, out, dout)), lse, scale, softcap=softcap or 0.0,
-            window_size_left=left, window_size_right=right, seqused_q=q_used, seqused_k=kv_used,
+            *(_laid(x.detach(), starts) for x in (q, k, v, out, dout)), lse, scale, softcap=softcap or 0.0,
+            window_size_left=left, window_size_right=right, cu_seqlens_q=starts, cu_seqlens_k=starts,
+            seqused_q=q_used, seqused_k=kv_used,
             deterministic=torch.are_deterministic_algorithms_enabled(), dlse=dlse,
             learnable_sink=None if sinks is None else sinks.detach(),
         )  # fmt: skip
-    dq, dk, dv = (x.transpose(1, 2) for x in gradients[:3])
+    found = gradients[:3] if starts is None else [x.unsqueeze(0) for x in gradients[:3]]
+    dq, dk, dv = (x.transpose(1, 2) for x in found)
     return dq, dk, dv, q.new_empty(0) if sinks is None else gradients[3]
 
 
@@ -173,10 +184,10 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
 def _derive(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple:
     gradients = torch.ops.attend_torch.fa4_gradients(*ctx.saved_tensors, dout, dlse, *ctx.options)
     found = [x if wanted else None for x, wanted in zip(gradients, ctx.needs_input_grad, strict=False)]
-    return (*found, *(None for _ in range(2 + len(ctx.options))))
+    return (*found, *(None for _ in range(3 + len(ctx.options))))
 
 
-_ARRAYS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? q_lengths, Tensor? kv_lengths"
+_ARRAYS = "Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? q_lengths, Tensor? kv_lengths, Tensor? starts"
 _OPTIONS = "SymInt? left, SymInt? right, float scale, float? softcap, bool bnhd"
 _LIBRARY = torch.library.Library("attend_torch", "FRAGMENT")
 _LIBRARY.define(f"fa4({_ARRAYS}, {_OPTIONS}) -> (Tensor, Tensor)")

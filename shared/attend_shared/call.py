@@ -78,6 +78,8 @@ class Call(NamedTuple):
         score_fn, mask_fn: None, or the caller's functions, as `attend` describes them. What they capture is no part of
             a call: JAX makes them programs over data before a call is compared with others.
         one_length: whether one array is both q_lengths and kv_lengths.
+        runs: what segment ids are, where they were looked at (`attend_shared.runs`): then the starts of runs stand for
+            ids in `Arrays`.
     """
 
     framework: str
@@ -113,6 +115,7 @@ class Call(NamedTuple):
     score_fn: Callable[..., Any] | None = None
     mask_fn: Callable[..., Any] | None = None
     one_length: bool = False
+    runs: str = ""
 
     @property
     def accumulation(self) -> str:
@@ -292,7 +295,7 @@ def check(
         q_lengths is not None, kv_lengths is not None, sinks_dtype, softcap, scale, dropout, bool(return_lse),
         bias is not None and framework.wants_gradient(arrays.bias),
         bias is not None and any(map(framework.wants_gradient, (q, k, v))),
-        flash or None, names, custom, score_fn, mask_fn, q_lengths is not None and q_lengths is kv_lengths,
+        flash or None, names, custom, score_fn, mask_fn, q_lengths is not None and q_lengths is kv_lengths, "",
     ))  # fmt: skip
 
 

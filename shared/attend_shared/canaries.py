@@ -140,6 +140,8 @@ CANARIES = (
            arrays={"q_lengths": "some 0", "kv_lengths": "some"}, poison=True),
     Canary("foreign segments", "segment ids that no key has", ("segment ids",),
            arrays={"q_segment_ids": "queries", "kv_segment_ids": "keys"}),
+    Canary("documents", "packed sequences that end within blocks, where the next one's keys are loaded with theirs",
+           ("segment ids", "causal"), Size(b=1, i=258, j=258), options=CAUSAL, arrays={"q_segment_ids": "documents"}),
     Canary("rows of -inf", "a bias that rules out whole rows", ("bias",), arrays={"bias": "-inf rows"}),
     Canary("rows of the lowest number", "a bias of the lowest finite number in a whole row: a mean, not an empty row",
            ("bias",), arrays={"bias": "lowest rows"}),
@@ -294,6 +296,8 @@ def _array(kind: str, s: Size, dtype: str, rng: np.random.Generator) -> NDArray[
             return np.where(np.arange(s.i) // 32 == 1, 7, np.arange(s.i) // 32 % 3) + 0 * items.astype(np.int32)
         case "keys":  # runs of 24, one of them an id that no query has
             return np.where(np.arange(s.j) // 24 == 1, 9, np.arange(s.j) // 24 % 3) + 0 * items.astype(np.int32)
+        case "documents":
+            return np.repeat([5, 3, 8, 0, 2], [1, 63, 64, 65, s.i - 193]).astype(np.int32)[None]
         case "normal":
             return round_to(rng.standard_normal((1, s.h, s.i, s.j)), dtype)
         case "-inf rows" | "lowest rows":

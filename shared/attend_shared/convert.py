@@ -65,13 +65,17 @@ def mask_from_mha(framework: Framework, attn_mask: Any, num_heads: int) -> Any:
 
 
 def segments_from_cu_seqlens(framework: Framework, cu_seqlens: Any, length: int, positions: Positions) -> Any:
-    """The number of sequences that start at or before each position, minus 1; -1 past the end of the last."""
+    """The number of sequences that start at or before each position, minus 1; -1 past the end of the last.
+
+    Before the first start, where there is none, it is -2: so each id stands in one run whatever cu_seqlens holds.
+    """
     _check(framework, "cu_seqlens", cu_seqlens, "integers (n + 1,)", ("int", "uint"), (1,),
            "It is [0, n1, n1 + n2, ...], as flash-attn's varlen takes it.")  # fmt: skip
     _check_count("length", length, 0, "It is the packed length, padding included.")
     position, bounds = positions(length, cu_seqlens)
-    started = (position[:, None] >= bounds[None, :-1]) & (position[:, None] < bounds[None, -1:])  # (length, n)
-    return (started.sum(1) - 1)[None]
+    started = position[:, None] >= bounds[None, :-1]  # (length, n)
+    inside = position[:, None] < bounds[None, -1:]  # (length, 1)
+    return ((started & inside).sum(1) - 1 - (inside & ~started.any(1)[:, None]).sum(1))[None]
 
 
 def mask_from_left_padding(framework: Framework, lengths: Any, kv_len: int, positions: Positions) -> Any:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attend_shared import avoid, canaries, choice, compare, parity, shapes
+from attend_shared import avoid, canaries, choice, compare, parity, runs, shapes
 from attend_shared.avoid import Machine, Rule
 from attend_shared.call import NAMES, Call
 from attend_shared.canaries import Canary
@@ -277,9 +277,18 @@ def call_of(problem: Problem, framework: str, platform: str) -> Call:
 
 
 def explain(problem: Problem, framework: str, platform: str) -> Explanation:
-    """What implementation=None takes for a problem there, and why not the others, ATTEND_AVOID included."""
+    """What implementation=None takes for a problem there, and why not the others, ATTEND_AVOID included.
+
+    Segment ids, which a choice does not read, count for the others as what they are.
+    """
     call = call_of(problem, framework, platform)
-    return choice.explain(import_module(f"attend_{framework}.implementations").table(call), call)
+    table = tuple(import_module(f"attend_{framework}.implementations").table(call))
+    found = choice.explain(table, call._replace(runs=runs.UNREAD))
+    if not call.segments or call.b > 1:
+        return found
+    q_ids, kv_ids = (problem.arguments.get(f"{side}_segment_ids") for side in ("q", "kv"))
+    state, _ = runs.look(*((kv_ids, None) if q_ids is None else (q_ids, kv_ids)))
+    return choice.explain(table, call._replace(runs=state))._replace(chosen=found.chosen)
 
 
 def _refusal(explanation: Explanation, implementation: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from packaging.version import Version
 
+from attend_shared import runs
 from attend_shared.call import Call
 
 # Of heads. Between the first some kernels of FlashAttention-4 cannot be compiled, and others, of an odd number of 16s,
@@ -35,6 +36,7 @@ class Package(NamedTuple):
         modules: what it imports that others install; nvidia-cutlass-dsl's lies on a path of its own.
         sizes: of heads, to which others are filled up.
         softcap, lengths: whether it has them.
+        packed: whether what it has of sequences that lie one after the other is used.
         sinks: why it serves none, or None.
         lse: whether its lse has a gradient.
         wide: whether it counts the numbers of an item in more than 32 bits.
@@ -51,6 +53,7 @@ class Package(NamedTuple):
     least: tuple[tuple[str, str], ...] = ()
     sizes: tuple[int, ...] = SIZES
     lengths: bool = True
+    packed: bool = True
     wide: bool = True
 
 
@@ -66,7 +69,7 @@ FA4_JAX = Package(
 DEW_FLASH_ATTN = Package(
     "dew-flash-attn-cu13", "0.3.6", "fa3-jax", (), ("dew_flash_attn",), False,
     "its gradient of sinks is made of an out that is rounded, which is too coarse", False,
-    least=(("jax", "0.11.2"), ("jax-cuda13-plugin", "0.11.2")), sizes=EIGHTS, lengths=False, wide=False,
+    least=(("jax", "0.11.2"), ("jax-cuda13-plugin", "0.11.2")), sizes=EIGHTS, lengths=False, packed=False, wide=False,
 )  # fmt: skip
 
 
@@ -110,8 +113,15 @@ def refusal(call: Call, package: Package) -> str | None:
         return "it has no mask"
     if call.bias is not None:
         return "it has no bias"
-    if call.segments:
-        return "it takes segments that lie one after the other, and ids, which are data, need not"
+    if call.segments and not package.packed:
+        return "it has no segments"
+    if call.segments and call.i != call.j:
+        return "it takes segments that lie one after the other, in q as in k, so q_len must be kv_len"
+    if call.segments and call.b > 1:
+        return ("it takes segments of one item, as a tile of packed keys may reach into the next item and bring NaN "
+                "from there: put all in one row, with ids of their own")  # fmt: skip
+    if call.segments and (call.q_lengths or call.kv_lengths):
+        return "beside segments it has no lengths"
     if not package.lengths and (call.q_lengths or call.kv_lengths):
         return "it has no lengths"
     if call.dropout:
@@ -133,7 +143,7 @@ def refusal(call: Call, package: Package) -> str | None:
     if call.positional and call.kv_lengths and not (call.one_length and call.i == call.j):
         return ("it counts causal and window from the end of each item's own lengths, which is right only where one "
                 "array is both q_lengths and kv_lengths")  # fmt: skip
-    return None
+    return runs.REASONS.get(call.runs) if call.segments else None
 
 
 def counted(call: Call) -> tuple[bool, bool]:

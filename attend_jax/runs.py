@@ -1,0 +1,94 @@
+"""What is known of segment ids, for implementations that take packed sequences: asked by the door before it chooses.
+
+What ids are is `attend_shared.runs`. To look is to wait for the device, once for each array of ids, whose contents
+never change; NumPy arrays are looked at on every call. Ids that are known when a jit is traced are constants in it, and
+of ids that are made in a jit it is known there.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from attend_jax.arrays import to_int32
+from attend_shared import runs
+from attend_shared.call import Arrays, Call
+from attend_shared.choice import Entry
+
+_KNOWN: dict[Hashable, runs.Known] = {}
+_TRACED = runs.Known(lambda: False, runs.TRACED, None)
+
+
+def look(table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name: str) -> tuple[Call, Any]:
+    """The call with what its ids are, and where runs start: int32, or None. Behind the last of them are empty ones.
+
+    Args:
+        table: gives the implementations in order of preference.
+        call: with segments.
+        arrays: as the caller passed them.
+        name: the implementation that takes packed sequences.
+    """
+    if call.is_empty:
+        return call._replace(runs=runs.PACKED), None  # nothing is launched
+    if not runs.reaches(table(), call, name):
+        return call, None
+    ids = [x for x in (arrays.q_segment_ids, arrays.kv_segment_ids) if x is not None]
+    ids = ids[:1] if ids[0] is ids[-1] else ids
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in ids):
+        return call._replace(runs=runs.NOT_LOOKED), None
+    if call.names is None:
+        return call._replace(runs=runs.UNCERTAIN), None
+    known = _known(ids)
+    return call._replace(runs=known.state), known.starts
+
+
+def _known(ids: list[Any]) -> runs.Known:
+    """What is known of one or two arrays of ids. They are looked at where nothing is."""
+    if any(isinstance(x, np.ndarray) for x in ids):
+        return _TRACED if any(isinstance(x, jax.core.Tracer) for x in ids) else _looked(ids, lambda: False)
+    known = _KNOWN.get(key := tuple(map(id, ids)))
+    if known is not None and known.alive():
+        return known
+    if any(isinstance(x, jax.core.Tracer) for x in ids):
+        return _TRACED
+    known = _looked(ids, _alive(ids, key))
+    runs.remember(_KNOWN, key, known)
+    return known
+
+
+def _alive(ids: list[Any], key: Hashable) -> Callable[[], bool]:
+    """Whether they still are. What is remembered goes with the first that goes: a tracer must not be kept."""
+    weak = [weakref.ref(x, lambda _: _KNOWN.pop(key, None)) for x in ids]
+    return lambda: not any(each() is None for each in weak)
+
+
+def _looked(ids: list[Any], alive: Callable[[], bool]) -> runs.Known:
+    """What ids are. This waits for the device."""
+    state, starts = runs.look(np.asarray(ids[0]), np.asarray(ids[1]) if len(ids) > 1 else None)
+    return runs.Known(alive, state, None if starts is None else _rounded(starts))
+
+
+def _rounded(starts: np.ndarray) -> np.ndarray:
+    """The same with as many empty runs at the end as make a power of two: what is compiled knows how many there are."""
+    count = 1 << (len(starts) - 2).bit_length()
+    return np.append(starts, np.full(count + 1 - len(starts), starts[-1], np.int32))
+
+
+def made(ids: jax.Array, cu_seqlens: Any) -> None:
+    """Remember that ids (1, length) were made of cumulative lengths. Nothing is read.
+
+    Args:
+        ids: by `attend_shared.convert.segments_from_cu_seqlens`.
+        cu_seqlens: integers (n + 1,), in any order and of any size.
+    """
+    length = ids.shape[1]
+    bounds = jnp.asarray(to_int32(cu_seqlens)).clip(0, length)
+    first, last = jnp.sort(jnp.minimum(bounds[:-1], bounds[-1:])), bounds[-1:]
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), first, last, jnp.full(1, length, jnp.int32)])
+    key = (id(ids),)
+    runs.remember(_KNOWN, key, runs.Known(_alive([ids], key), runs.PACKED, starts, made=True))

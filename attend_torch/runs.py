@@ -1,0 +1,117 @@
+"""What is known of segment ids, for implementations that take packed sequences: asked by the door before it chooses.
+
+What ids are is `attend_shared.runs`. To look is to wait for the device, once for each tensor of ids: what was found is
+remembered by its storage, place, strides and version, which views share and writing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from attend_shared import runs
+from attend_shared.call import Arrays, Call
+from attend_shared.choice import Entry
+from attend_torch.arrays import is_traced
+
+Tensor = torch.Tensor
+_KNOWN: dict[Hashable, runs.Known] = {}
+_UNREAD, _FEW = (runs.Known(lambda: False, state, None) for state in (runs.UNREAD, runs.FEW))
+
+
+def look(table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name: str) -> tuple[Call, Tensor | None]:
+    """The call with what its ids are, and where runs start: int32 (runs + 1,), or None.
+
+    Args:
+        table: gives the implementations in order of preference.
+        call: with segments.
+        arrays: as the caller passed them: a tensor that the door converts would be another one on every call.
+        name: the implementation that takes packed sequences.
+    """
+    if call.is_empty:
+        return call._replace(runs=runs.PACKED), None  # nothing is launched
+    if not runs.reaches(table(), call, name):
+        return call, None
+    ids = [x for x in (arrays.q_segment_ids, arrays.kv_segment_ids) if x is not None]
+    ids = ids[:1] if ids[0] is ids[-1] else ids
+    state = _closed(call, arrays, ids)
+    if state:
+        return call._replace(runs=state), None
+    known = _known(call, ids)
+    if known.starts is not None and known.starts.is_cuda:  # it may have been made on another stream
+        known.starts.record_stream(torch.cuda.current_stream(known.starts.device))
+    return call._replace(runs=known.state), known.starts
+
+
+def _closed(call: Call, arrays: Arrays, ids: list[Tensor]) -> str:
+    """Why ids do not matter, or ""."""
+    if call.platform == "meta" or any(x.is_meta for x in ids):
+        return runs.NOT_LOOKED
+    if any(is_traced(x) for x in (*arrays[:3], *ids)) or in_transform():
+        return runs.TRACED
+    if arrays.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return runs.CAPTURED
+    return ""
+
+
+def in_transform() -> bool:
+    """Whether a transform of torch.func is at work."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _key(ids: list[Tensor]) -> Hashable:
+    """What tells these tensors, as they are now, from all that were and will be; None where writes are not counted."""
+    if any(x.is_inference() for x in ids):
+        return None
+    return tuple(
+        (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride(), x.dtype, x._version) for x in ids
+    )
+
+
+def _alive(ids: list[Tensor]) -> Callable[[], bool]:
+    """Whether they still are; as long as this is kept, no other storage has the address of theirs."""
+    weak = [StorageWeakRef(x.untyped_storage()) for x in ids]
+    return lambda: not any(each.expired() for each in weak)
+
+
+def _known(call: Call, ids: list[Tensor]) -> runs.Known:
+    """What is known of one or two tensors of ids. Where it must be, they are looked at."""
+    key = _key(ids)
+    known = None if key is None else _KNOWN.get(key)
+    if call.names is None:  # another call may have looked: a choice must not depend on that
+        if known is None or not known.made:
+            return _UNREAD
+        return _FEW if runs.is_few(call, known.starts.shape[0] - 1) else known
+    if known is None or not known.alive():
+        known = _looked(ids)
+        if key is not None:
+            runs.remember(_KNOWN, key, known)
+    for now, then in zip(ids, known.kept, strict=False):
+        torch._assert_async((now.long() == then.long()).all(), runs.CHANGED)
+    return known
+
+
+def _looked(ids: list[Tensor]) -> runs.Known:
+    """What ids are. This waits for the device."""
+    host = [x.detach().cpu().numpy() for x in ids]
+    state, starts = runs.look(host[0], host[1] if len(host) > 1 else None)
+    found = None if starts is None else torch.from_numpy(starts).to(ids[0].device)
+    return runs.Known(_alive(ids), state, found, kept=[x.detach().clone() for x in ids])
+
+
+def made(ids: Tensor, cu_seqlens: Tensor) -> None:
+    """Remember that ids (1, length) were made of cumulative lengths. Nothing is read.
+
+    Args:
+        ids: by `attend_shared.convert.segments_from_cu_seqlens`.
+        cu_seqlens: integers (n + 1,), in any order and of any size.
+    """
+    if is_traced(ids) or in_transform() or (key := _key([ids])) is None:
+        return
+    length = ids.shape[1]
+    bounds = cu_seqlens.long().clamp(0, length).int()
+    first, last = torch.minimum(bounds[:-1], bounds[-1:]).sort().values, bounds[-1:]
+    starts = torch.cat([bounds.new_zeros(1), first, last, bounds.new_full((1,), length)])
+    runs.remember(_KNOWN, key, runs.Known(_alive([ids]), runs.PACKED, starts, made=True))
