@@ -107,7 +107,7 @@ def attend(
 
         is_causal, window_size, softcap, scale, dropout, return_lse, layout and implementation are Python or NumPy
         values, fixed when a call is compiled. score_fn and mask_fn are functions. The others are data, whose contents
-        are never read.
+        are never read, but for segment ids where implementation names "fa4".
 
     Returns:
         out (b, h, i, dv), in the layout and dtype of q; or (out, lse), with lse (b, h, i) in float32 (float64 for
@@ -159,7 +159,7 @@ def run(arrays: Arrays, *options: Any) -> Any:
 
 
 def looked(call: Call, arrays: Arrays) -> tuple[Call, np.ndarray | None]:
-    """`attend_jax.runs.look` for the one implementation that takes packed sequences."""
+    """`runs.look` for the one implementation that takes packed sequences."""
     return runs.look(lambda: table(call), call, arrays, PACKING)
 
 

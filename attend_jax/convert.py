@@ -83,7 +83,8 @@ def segments_from_cu_seqlens(cu_seqlens: Array, length: int) -> Array:
 
     Args:
         cu_seqlens: integers (n + 1,): 0, n1, n1 + n2, ..., as flash-attn's varlen functions take them.
-        length: the packed length; positions from cu_seqlens[-1] on are padding and get the id -1.
+        length: the packed length; positions from cu_seqlens[-1] on are padding and get the id -1, and those before
+            cu_seqlens[0], which should be 0, -2.
 
     Returns:
         integers (1, length), for q_segment_ids and kv_segment_ids. Of these it is known, without reading them, that

@@ -16,12 +16,11 @@ from attend_shared.call import Arrays, Call
 from attend_shared.choice import Entry
 from attend_torch.arrays import is_traced
 
-Tensor = torch.Tensor
 _KNOWN: dict[Hashable, runs.Known] = {}
 _UNREAD, _FEW = (runs.Known(lambda: False, state, None) for state in (runs.UNREAD, runs.FEW))
 
 
-def look(table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name: str) -> tuple[Call, Tensor | None]:
+def look(table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name: str) -> tuple[Call, torch.Tensor | None]:
     """The call with what its ids are, and where runs start: int32 (runs + 1,), or None.
 
     Args:
@@ -45,23 +44,23 @@ def look(table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name:
     return call._replace(runs=known.state), known.starts
 
 
-def _closed(call: Call, arrays: Arrays, ids: list[Tensor]) -> str:
+def _closed(call: Call, arrays: Arrays, ids: list[torch.Tensor]) -> str:
     """Why ids do not matter, or ""."""
     if call.platform == "meta" or any(x.is_meta for x in ids):
         return runs.NOT_LOOKED
-    if any(is_traced(x) for x in (*arrays[:3], *ids)) or in_transform():
+    if any(is_traced(x) for x in (*arrays[:3], *ids)) or _in_transform():
         return runs.TRACED
     if arrays.q.is_cuda and torch.cuda.is_current_stream_capturing():
         return runs.CAPTURED
     return ""
 
 
-def in_transform() -> bool:
+def _in_transform() -> bool:
     """Whether a transform of torch.func is at work."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def _key(ids: list[Tensor]) -> Hashable:
+def _key(ids: list[torch.Tensor]) -> Hashable:
     """What tells these tensors, as they are now, from all that were and will be; None where writes are not counted."""
     if any(x.is_inference() for x in ids):
         return None
@@ -70,13 +69,13 @@ def _key(ids: list[Tensor]) -> Hashable:
     )
 
 
-def _alive(ids: list[Tensor]) -> Callable[[], bool]:
+def _alive(ids: list[torch.Tensor]) -> Callable[[], bool]:
     """Whether they still are; as long as this is kept, no other storage has the address of theirs."""
     weak = [StorageWeakRef(x.untyped_storage()) for x in ids]
     return lambda: not any(each.expired() for each in weak)
 
 
-def _known(call: Call, ids: list[Tensor]) -> runs.Known:
+def _known(call: Call, ids: list[torch.Tensor]) -> runs.Known:
     """What is known of one or two tensors of ids. Where it must be, they are looked at."""
     key = _key(ids)
     known = None if key is None else _KNOWN.get(key)
@@ -93,7 +92,7 @@ def _known(call: Call, ids: list[Tensor]) -> runs.Known:
     return known
 
 
-def _looked(ids: list[Tensor]) -> runs.Known:
+def _looked(ids: list[torch.Tensor]) -> runs.Known:
     """What ids are. This waits for the device."""
     host = [x.detach().cpu().numpy() for x in ids]
     state, starts = runs.look(host[0], host[1] if len(host) > 1 else None)
@@ -101,14 +100,14 @@ def _looked(ids: list[Tensor]) -> runs.Known:
     return runs.Known(_alive(ids), state, found, kept=[x.detach().clone() for x in ids])
 
 
-def made(ids: Tensor, cu_seqlens: Tensor) -> None:
+def made(ids: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     """Remember that ids (1, length) were made of cumulative lengths. Nothing is read.
 
     Args:
         ids: by `attend_shared.convert.segments_from_cu_seqlens`.
         cu_seqlens: integers (n + 1,), in any order and of any size.
     """
-    if is_traced(ids) or in_transform() or (key := _key([ids])) is None:
+    if is_traced(ids) or _in_transform() or (key := _key([ids])) is None:
         return
     length = ids.shape[1]
     bounds = cu_seqlens.long().clamp(0, length).int()

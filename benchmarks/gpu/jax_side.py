@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.checking import Unsupported, allowed, compared, refuse, sliced
-from benchmarks.gpu.workloads import CHOICE, FOLDER, REFERENCE, SEED, Workload, options, own, structure
+from benchmarks.gpu.workloads import CHOICE, FOLDER, REFERENCE, SEED, Workload, cumulative, options, own, structure
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "triton", "jax-triton", "tokamax", "fa4-jax", "dew-flash-attn-cu13", "nvidia-cudnn-cu13",
@@ -125,6 +125,7 @@ def attention(entry: str, load: Workload, inputs: Data) -> tuple[Callable[..., A
 
 def _ours(name: str | None, load: Workload, inputs: Data) -> tuple[Callable[..., Any], dict[str, Array], str]:
     import attend_jax
+    import attend_jax.convert
 
     asked: dict[str, Any] = {**options(load), "implementation": name, "layout": "bnhd"}
     if load.dropout:
@@ -133,6 +134,13 @@ def _ours(name: str | None, load: Workload, inputs: Data) -> tuple[Callable[...,
     explanation = attend_jax.explain(**arrays, **inputs.given, **asked)
     if explanation.chosen is None:
         raise Unsupported(dict(explanation.rows).get(str(name)) or f"attend_jax has no {name}")
+    if load.documents and explanation.chosen == "fa4":  # a program knows of ids that it makes itself
+
+        def packed(given: dict[str, Array], **arrays: Array) -> Array:
+            ids = attend_jax.convert.segments_from_cu_seqlens(given["bounds"], load.j)
+            return attend_jax.attend(**arrays, q_segment_ids=ids, **asked)
+
+        return packed, {"bounds": jnp.asarray(cumulative(load))}, explanation.chosen
     return (lambda given, **arrays: attend_jax.attend(**arrays, **given, **asked)), inputs.given, explanation.chosen
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.checking import Unsupported, allowed, compared, refuse, sliced
-from benchmarks.gpu.workloads import CHOICE, SEED, Workload, options, own, structure
+from benchmarks.gpu.workloads import CHOICE, SEED, Workload, cumulative, options, own, structure
 
 Tensor = torch.Tensor
 CYCLES = 2.0e9  # a second of torch.cuda._sleep, at the most
@@ -142,8 +142,12 @@ def prepare(entry: str, load: Workload, inputs: Data) -> Prepared:
 
 def _ours(name: str | None, load: Workload, inputs: Data) -> tuple[Callable[..., Any], str]:
     import attend_torch
+    import attend_torch.convert
 
     asked: dict[str, Any] = {**options(load), **inputs.given, "implementation": name}
+    if load.documents and load.b == 1 and name in (None, "fa4"):  # once for all calls, as for all layers of a model
+        bounds = torch.from_numpy(cumulative(load)).to(inputs.sets[0]["q"].device)
+        asked["q_segment_ids"] = attend_torch.convert.segments_from_cu_seqlens(bounds, load.j)
     if load.dropout:
         asked["dropout_seed"] = torch.tensor([SEED, 0], dtype=torch.uint32, device=inputs.sets[0]["q"].device)
     arrays = {key: x for key, x in inputs.sets[0].items() if key != "cotangent"}

@@ -219,6 +219,11 @@ def structure(load: Workload) -> dict[str, np.ndarray]:
     return found
 
 
+def cumulative(load: Workload) -> np.ndarray:
+    """Where the documents of one item start, and where the last ends: what segment ids are made of."""
+    return np.searchsorted(structure(load)["q_segment_ids"][0], np.arange(load.documents + 1)).astype(np.int32)
+
+
 def options(load: Workload) -> dict[str, Any]:
     """The arguments of `attend` that are no arrays."""
     found: dict[str, Any] = {}
