@@ -20,7 +20,9 @@ _KNOWN: dict[Hashable, runs.Known] = {}
 _UNREAD, _FEW = (runs.Known(lambda: False, state, None) for state in (runs.UNREAD, runs.FEW))
 
 
-def look(table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name: str) -> tuple[Call, torch.Tensor | None]:
+def look(
+    table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name: str
+) -> tuple[Call, torch.Tensor | None]:
     """The call with what its ids are, and where runs start: int32 (runs + 1,), or None.
 
     Args:
@@ -87,9 +89,14 @@ def _known(call: Call, ids: list[torch.Tensor]) -> runs.Known:
         known = _looked(ids)
         if key is not None:
             runs.remember(_KNOWN, key, known)
-    for now, then in zip(ids, known.kept, strict=False):
-        torch._assert_async((now.long() == then.long()).all(), runs.CHANGED)
+    for now, then in zip(map(_signed, ids), known.kept, strict=False):
+        torch._assert_async((now == then).all(), runs.CHANGED)
     return known
+
+
+def _signed(ids: torch.Tensor) -> torch.Tensor:
+    """As torch compares them everywhere."""
+    return ids if ids.dtype.is_signed else ids.long()
 
 
 def _looked(ids: list[torch.Tensor]) -> runs.Known:
@@ -97,7 +104,7 @@ def _looked(ids: list[torch.Tensor]) -> runs.Known:
     host = [x.detach().cpu().numpy() for x in ids]
     state, starts = runs.look(host[0], host[1] if len(host) > 1 else None)
     found = None if starts is None else torch.from_numpy(starts).to(ids[0].device)
-    return runs.Known(_alive(ids), state, found, kept=[x.detach().clone() for x in ids])
+    return runs.Known(_alive(ids), state, found, kept=[_signed(x.detach()).clone() for x in ids])
 
 
 def made(ids: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
