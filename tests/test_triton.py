@@ -104,7 +104,7 @@ def test_whole_blocks_are_not_looked_at() -> None:
         "extreme ids": [8, 8, 8],
         "one foreign id": [3, 3, 3],  # the first run of blocks
         "left padding, causal": [1, 1],
-        "left padding, packed": [1, 1],
+        "left padding, packed": [2.4, 2.4],  # a whole one, and what is allowed of a block of neighbours
         "documents of 128, one dead key": [6, 6, 7.97],  # what a dead key gets is thrown away
     }
 

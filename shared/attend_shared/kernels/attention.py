@@ -342,13 +342,15 @@ def _hull(bounds, groups_before, block, groups, RATIO: tl.constexpr):
 def _visited_keys(
     q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
     BM: tl.constexpr, BN: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr,
-    SEGMENTS: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, Q_LENGTHS: tl.constexpr,
+    SEGMENTS: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr, Q_LENGTHS: tl.constexpr,
     KV_LENGTHS: tl.constexpr,
 ):  # fmt: skip
     """Where queries and keys end; the reach of a query; and, for a block of queries, where the blocks of keys begin,
-    are whole, end being whole, and end: in the list of blocks with a key that some query may see, where there is one,
-    And how far a whole block lies behind its place in that list. PACKED: where they are whole among the keys that the
-    item has; where these are neighbours as well; and by how many keys those lie behind their place.
+    are whole, end being whole, and end: in the list of blocks with a key that some query may see, where there is one.
+    And how far a whole block lies behind its place in that list.
+
+    PACKED: of the keys that the item has; in the midst those that are neighbours (and WHOLE), by how many keys they lie
+    behind their place, and then where blocks are whole.
     """
     first = block * BM
     i_end, j_end = _length(q_lengths, b, I, Q_LENGTHS), _ends(kv_lengths, before, b, J, PACKED, KV_LENGTHS)
@@ -381,8 +383,9 @@ def _visited_keys(
         run = before + b.to(tl.int64) * (J + 3) + J + 1
         run_from, run_to = tl.load(run), tl.load(run + 1)
         behind = run_from - _below(before, b, run_from, J, PACKED)
-        whole_from = _within(_blocks_up(run_from - behind, BN), seen_from, seen_to)
-        whole_to = _within(_blocks(run_to - behind, BN), whole_from, seen_to)
+        least, most = (seen_from, seen_to) if WHOLE else (start, stop)
+        whole_from = _within(_blocks_up(run_from - behind, BN), least, most)
+        whole_to = _within(_blocks(run_to - behind, BN), whole_from, most)
     if LISTED:
         behind = whole_from
         start, whole_from = tl.load(before + start), tl.load(before + whole_from)
@@ -456,21 +459,18 @@ def _logits(
 
 @triton.jit
 def _is_cut(
-    turn, whole_from, whole_to, stage: tl.constexpr, ONE: tl.constexpr, FRONT: tl.constexpr, BEHIND: tl.constexpr,
-    PACKED: tl.constexpr,
-):  # fmt: skip
-    """Whether a block is to be looked at: a question only where all are visited in one loop, and where whole ones may
-    lie apart (PACKED). FRONT, BEHIND: whether there are such before and after whole ones.
+    turn, whole_from, whole_to, stage: tl.constexpr, ONE: tl.constexpr, FRONT: tl.constexpr, BEHIND: tl.constexpr
+):
+    """Whether a block is to be looked at: a question only where cut ones and whole ones are visited in one loop. FRONT,
+    BEHIND: whether there are such before and after whole ones.
     """
-    if PACKED and stage == 2:
-        return turn >= whole_to
-    if PACKED and stage == 0 and FRONT:
-        return turn < whole_from
     if not ONE:
-        return tl.full((), 0 if (stage == 1 or PACKED) else 1, tl.int1)
+        return tl.full((), 0 if stage == 1 else 1, tl.int1)
     if FRONT and BEHIND:
         return (turn < whole_from) | (turn >= whole_to)
-    return turn < whole_from if FRONT else turn >= whole_to
+    if FRONT:
+        return turn < whole_from
+    return turn >= whole_to if BEHIND else tl.full((), 0, tl.int1)
 
 
 @triton.jit
@@ -616,9 +616,10 @@ def forward(
         heads = (n % H).to(tl.int64)
         rows = first + local
     b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
+    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
     i_end, j_end, low, high, start, whole_from, whole_to, stop, behind, seen_from, seen_to = _visited_keys(
         q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
-        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, PACKED, Q_LENGTHS, KV_LENGTHS,
+        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, PACKED, REST, Q_LENGTHS, KV_LENGTHS,
     )  # fmt: skip
     if SPLIT:
         part, parts = tl.program_id(2), tl.num_programs(2)
@@ -645,7 +646,6 @@ def forward(
     tile_q = _load(q, of_q, tl.arange(0, BD)[None, :], alive_rows[:, None], D, BD, False)
     q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
 
-    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
     LATE: tl.constexpr = REST or (BASE2 and POSITIVE and not SOFTCAP)  # the factor comes with the exponent
     late = 2 * cap if REST else factor
     m = tl.full((BM,), NOTHING, tl.float32)
@@ -658,7 +658,6 @@ def forward(
     CUTS: tl.constexpr = FRONT or BEHIND
     # One loop, unless a whole block has a reciprocal for four of a row.
     ONE: tl.constexpr = FULL and CUTS and not (SPLIT or REST or PACKED)
-    APART: tl.constexpr = PACKED and not SPLIT
     BEFORE: tl.constexpr = (FRONT or ALIVE or PACKED) and not (ONE or SPLIT)
     AFTER: tl.constexpr = (CUTS or SPLIT or not FULL) and not ONE
     # Loads ahead take registers, with which one more program would fit a multiprocessor. Not where masks or biases are
@@ -706,13 +705,16 @@ def forward(
                     s, seen, added, 1.0 if LATE and not REST else factor, 0.5 if REST else cap, MASK, BIAS, SOFTCAP,
                     PRECISE, REST, (stage == 1) and not MASK,
                 )  # fmt: skip
-                if _is_cut(turn, seen_from, seen_to, stage, ONE, FRONT, BEHIND, APART):
+                if _is_cut(
+                    turn, seen_from, seen_to, stage, ONE or (PACKED and not (SPLIT or (REST and stage == 1))), FRONT,
+                    BEHIND and (RIGHT or SEGMENTS or stage != 1),
+                ):  # fmt: skip
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
-                    if PACKED and (LEFT or RIGHT):  # once more, rather than in registers; none behind the last
+                    if PACKED and (stage != 1) and (LEFT or RIGHT):  # once more, rather than in registers; none behind the last
                         keys = tl.load(listed + b64 * J + begin + columns, mask=begin + columns < j_end, other=FAR)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, not (RIGHT if PACKED else FULL),
+                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, (stage != 1) and not RIGHT if PACKED else not FULL,
                     )  # fmt: skip
                 if LATE:
                     new = tl.maximum(m, tl.max(s, 1) * late)
@@ -891,9 +893,10 @@ def query_gradients(
     first64 = first.to(tl.int64)
     NEAR: tl.constexpr = THRESHOLD > 0 and not (MASK or BIAS or PRECISE)
     rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), _columns(BN, NEAR)
+    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
     i_end, j_end, low, high, start, whole_from, whole_to, stop, behind, seen_from, seen_to = _visited_keys(
         q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
-        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, PACKED, Q_LENGTHS, KV_LENGTHS,
+        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, PACKED, REST, Q_LENGTHS, KV_LENGTHS,
     )  # fmt: skip
 
     q += (b64 * qb + h64 * qh) * UNIT + first64 * QN
@@ -908,7 +911,6 @@ def query_gradients(
     of_row = n.to(tl.int64) * P + rows
     m, slope, one = _known(known, of_row)
     m, slope, one = m[:, None], slope[:, None], one[:, None]
-    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
     if REST:
         m -= cap + 2  # for 4 p; the slope of tanh is -4 (r + r^2), which needs no factor then
         scale = -scale
@@ -969,18 +971,21 @@ def query_gradients(
                     s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST,
                     (stage == 1) and not MASK,
                 )  # fmt: skip
-                if not THRESHOLD and _is_cut(turn, seen_from, seen_to, stage, ONE, FRONT, BEHIND, PACKED):
+                if not THRESHOLD and _is_cut(
+                    turn, seen_from, seen_to, stage, ONE or (PACKED and not (REST and stage == 1)), FRONT,
+                    BEHIND and (RIGHT or SEGMENTS or stage != 1),
+                ):  # fmt: skip
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
-                    if PACKED and (LEFT or RIGHT):  # once more, rather than in registers; none behind the last
+                    if PACKED and (stage != 1) and (LEFT or RIGHT):  # once more, rather than in registers; none behind the last
                         keys = tl.load(listed + b64 * J + begin + columns, mask=begin + columns < j_end, other=FAR)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, not (RIGHT if PACKED else FULL),
+                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, (stage != 1) and not RIGHT if PACKED else not FULL,
                     )  # fmt: skip
                 if LATE:
                     s = s * factor
                 p = _exp(s - m, BASE2)  # times 1 / total at the end, unless m has it
-                if THRESHOLD and _is_cut(turn, seen_from, seen_to, stage, ONE, FRONT, BEHIND, False):  # fewer registers
+                if THRESHOLD and _is_cut(turn, seen_from, seen_to, stage, ONE, FRONT, BEHIND):  # fewer registers
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
                     p = _cut(
                         p, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
@@ -1126,7 +1131,7 @@ def key_gradients(
                     s, capped = _logits(
                         s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST, False
                     )  # fmt: skip
-                    if _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND, False):
+                    if _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):
                         q_id = _ids(q_ids, b64, rows, I, EVEN, SEGMENTS)
                         s = _cut(  # what a key gets that is not alive is thrown away at the end
                             s, rows[None, :], keys[:, None] - high, keys[:, None] - low, q_id[None, :], kv_id[:, None],
