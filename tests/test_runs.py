@@ -18,14 +18,16 @@ import pytest
 import torch
 
 import attend_jax
+import attend_jax.bridge
 import attend_jax.convert
 import attend_jax.runs
 import attend_torch
+import attend_torch.bridge
 import attend_torch.convert
 import attend_torch.runs
 import flash_fakes
 from attend_jax.implementations import ENTRIES as JAX_ENTRIES
-from attend_shared import doctor, runs
+from attend_shared import compare, doctor, runs
 from attend_shared.canaries import find
 from attend_shared.choice import Entry
 from attend_shared.errors import UnsupportedError
@@ -399,3 +401,6 @@ def test_the_doctor_asks_for_packed_sequences(fakes: None) -> None:
             found = dict(explanation.rows)["fa4"]
             assert found == words if words is None else str(found).startswith(words)
             assert explanation.chosen != "fa4"  # which reads nothing
+    problem = find("documents").build("bfloat16")
+    for module in (attend_torch.bridge, attend_jax.bridge):
+        compare.check(module.evaluate(problem, "fa4"), problem)
