@@ -89,6 +89,7 @@ def _known(call: Call, ids: list[torch.Tensor]) -> runs.Known:
         known = _looked(ids)
         if key is not None:
             runs.remember(_KNOWN, key, known)
+        return known
     for now, then in zip(map(_signed, ids), known.kept, strict=False):
         torch._assert_async((now == then).all(), runs.CHANGED)
     return known
