@@ -48,6 +48,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
         "lse": ("triton",),
         "an offset": ("fa4", "fa3", "triton"),
         "a bias": ("triton",),
+        "very short sequences": ("fa4", "fa3", "cudnn", "triton"),
         "short sequences": ("fa4", "fa3", "cudnn", "triton"),
         "head sizes up to 64": ("fa4", "fa3", "cudnn", "triton"),
         "larger head sizes": ("fa4", "fa3", "triton"),

@@ -23,7 +23,7 @@ EXTRAS = {
     ("torch", "triton"): "triton",
     ("jax", "triton"): "triton-jax",
 }
-SHORT, FEW = 512, 16  # queries and keys of a short call; queries of a step of decoding
+VERY_SHORT, SHORT, FEW = 128, 512, 16  # queries and keys of a short call; queries of a step of decoding
 
 
 class Rule(NamedTuple):
@@ -53,6 +53,7 @@ RULES = (
     Rule("sinks", lambda call: call.sinks is not None),
     Rule("lse", lambda call: call.return_lse),
     Rule("an offset", lambda call: call.right is not None and call.offset != "zero"),
+    Rule("very short sequences", lambda call: call.i <= VERY_SHORT and call.j <= VERY_SHORT),
     Rule("short sequences", lambda call: call.i <= SHORT and call.j <= SHORT),
     Rule("head sizes up to 64", lambda call: call.d <= 64),
     Rule("head sizes up to 128", lambda call: call.d <= 128),

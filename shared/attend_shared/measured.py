@@ -27,21 +27,137 @@ DEVICES = {
         },
         orders={
             "torch": {
-                "float32": Order(("triton", "blockwise", "einsum"), {}),
-                "few queries": Order(("sdpa", "triton", "flex", "fa4"), {}),
-                "a mask that is no key mask": Order(("triton", "sdpa", "flex"), {}),
-                "a key mask": Order(("triton", "flex", "sdpa"), {}),
-                "lengths": Order(("fa4", "triton", "flex", "sdpa"), {}),
-                "sinks": Order(("fa4", "triton", "flex"), {}),
-                "lse": Order(("fa4", "triton", "flex"), {}),
-                "an offset": Order(("fa4", "triton", "flex", "sdpa"), {}),
-                "short sequences": Order(("sdpa", "triton", "fa4", "flex"), {}),
-                "larger head sizes": Order(("sdpa", "fa4", "triton", "flex"), {}),
+                "float32": Order(
+                    ("triton", "einsum", "blockwise"),
+                    {
+                        "causal 1x16x4096x64 float32": {
+                            "triton": (3.506, 15.9),
+                            "einsum": (6.956, 18.87),
+                            "blockwise": (9.024, 92.81),
+                        },
+                    },
+                ),
+                "few queries": Order(
+                    ("triton", "fa4", "sdpa", "flex"),
+                    {
+                        "decoding 8x32/8x1:32768x128": {
+                            "triton": (0.352,),
+                            "fa4": (0.3451,),
+                            "sdpa": (0.3439,),
+                            "flex": (1.131,),
+                        },
+                        "key lengths, decoding 8x32/8x1:32768x128": {
+                            "triton": (0.2127,),
+                            "fa4": (1.997,),
+                            "sdpa": (2.021,),
+                        },
+                    },
+                ),
+                "a mask that is no key mask": Order(
+                    ("triton", "sdpa", "flex"),
+                    {
+                        "mask (i, j) 4x16x4096x64": {
+                            "triton": (0.9528, 3.731),
+                            "sdpa": (1.06, 3.699),
+                            "flex": (1.111, 4.609),
+                        },
+                    },
+                ),
+                "a key mask": Order(
+                    ("triton", "sdpa"),
+                    {
+                        "key mask with holes 4x16x4096x64": {
+                            "triton": (0.5754, 1.84),
+                            "sdpa": (1.071, 3.601),
+                        },
+                        "padded keys 4x16x4096x64": {
+                            "triton": (0.4147, 1.487),
+                            "sdpa": (1.068, 3.619),
+                        },
+                        "padded keys 64x12x512x64": {
+                            "triton": (0.1407, 0.5019),
+                            "sdpa": (0.3921, 1.196),
+                        },
+                    },
+                ),
+                "lengths": Order(
+                    ("triton", "sdpa"),
+                    {
+                        "key lengths, causal 4x16x4096x64": {
+                            "triton": (0.255, 1.006),
+                            "sdpa": (1.672, 4.461),
+                        },
+                    },
+                ),
+                "sinks": Order(
+                    ("fa4", "triton", "flex"),
+                    {
+                        "sinks, causal 4x16x4096x64": {
+                            "fa4": (0.2946, 1.048),
+                            "triton": (0.3545, 1.292),
+                            "flex": (0.4374, 1.766),
+                        },
+                    },
+                ),
+                "lse": Order(
+                    ("fa4", "triton"),
+                    {
+                        "with lse, causal 4x16x4096x128": {
+                            "fa4": (0.4297, 1.689),
+                            "triton": (0.4909, 2.2),
+                        },
+                    },
+                ),
+                "an offset": Order(
+                    ("triton", "flex", "fa4", "sdpa"),
+                    {
+                        "causal 1x32/8x512:8192x128": {
+                            "triton": (0.1028, 0.5371),
+                            "flex": (0.2195, 0.7968),
+                            "fa4": (0.2596, 0.9619),
+                            "sdpa": (0.2696, 0.9391),
+                        },
+                    },
+                ),
+                "short sequences": Order(
+                    ("sdpa", "triton", "fa4", "flex"),
+                    {
+                        "full 8x16x512x64": {
+                            "sdpa": (0.0417, 0.1924),
+                            "triton": (0.04275, 0.3303),
+                            "fa4": (0.2251, 0.8031),
+                            "flex": (0.2432, 0.8027),
+                        },
+                        "full 64x16x256x64": {
+                            "sdpa": (0.05419, 0.322),
+                            "triton": (0.06386, 0.342),
+                            "fa4": (0.2916, 0.9399),
+                        },
+                        "causal 64x16x256x64": {
+                            "sdpa": (0.05057, 0.3023),
+                            "triton": (0.05884, 0.3579),
+                            "fa4": (0.3178, 1.025),
+                        },
+                    },
+                ),
+                "larger head sizes": Order(
+                    ("sdpa", "fa4", "triton"),
+                    {
+                        "causal 4x16x4096x256": {
+                            "sdpa": (0.8486, 4.483),
+                            "fa4": (0.7703, 5.268),
+                            "triton": (1.06, 5.93),
+                        },
+                    },
+                ),
                 "dropout": Order(
                     ("triton",),
                     {
                         "dropout 0.1, causal 4x16x4096x64": {
-                            "triton": (0.7313, 2.674),
+                            "triton": (0.6405, 2.275),
+                        },
+                        "dropout 0.1, causal 4x16x4096x128": {
+                            "triton": (0.9597, 3.549),
                         },
                     },
                 ),
@@ -49,16 +165,23 @@ DEVICES = {
                     ("triton",),
                     {
                         "trained bias (1, 16, 2048, 2048) 4x16x2048x64": {
-                            "triton": (0.2437, 1.509),
+                            "triton": (0.2232, 1.406),
+                        },
+                        "trained bias (4, 16, 2048, 2048) 4x16x2048x64": {
+                            "triton": (0.2394, 1.658),
+                        },
+                        "bias (1, 16, 4096, 4096) 1x16x4096x64": {
+                            "triton": (0.2347,),
                         },
                     },
                 ),
                 "segment ids": Order(
-                    ("triton", "sdpa"),
+                    ("triton", "fa4", "sdpa"),
                     {
                         "8 documents, causal 1x16x16384x128": {
-                            "triton": (0.3339, 1.371),
-                            "sdpa": (12.05, 29.93),
+                            "triton": (0.3355, 1.397),
+                            "fa4": (0.5524, 1.6),
+                            "sdpa": (12.02, 29.74),
                         },
                     },
                 ),
@@ -66,9 +189,13 @@ DEVICES = {
                     ("triton", "fa4", "flex"),
                     {
                         "softcap 30.0, causal 4x16x4096x128": {
-                            "triton": (0.7616, 3.117),
-                            "fa4": (0.9617, 2.887),
-                            "flex": (1.519, 5.342),
+                            "triton": (0.7159, 2.753),
+                            "fa4": (0.9782, 2.927),
+                            "flex": (1.507, 5.283),
+                        },
+                        "window 1024, softcap 50.0, causal 2x16x4096x128": {
+                            "triton": (0.1988, 0.7849),
+                            "fa4": (0.4398, 1.395),
                         },
                     },
                 ),
@@ -76,19 +203,29 @@ DEVICES = {
                     ("fa4", "triton", "flex", "sdpa"),
                     {
                         "window 1024, causal 1x16x16384x128": {
-                            "fa4": (0.2852, 1.057),
-                            "triton": (0.3249, 1.374),
-                            "flex": (0.425, 1.513),
-                            "sdpa": (13.33, 31.08),
+                            "fa4": (0.2537, 1.027),
+                            "triton": (0.3237, 1.292),
+                            "flex": (0.4251, 1.52),
+                            "sdpa": (13.26, 30.97),
                         },
                     },
                 ),
                 "a key mask, causal": Order(
-                    ("triton", "flex", "sdpa"),
+                    ("triton", "sdpa"),
                     {
                         "padded keys, causal 4x16x4096x64": {
-                            "triton": (0.5406, 1.475),
-                            "sdpa": (1.628, 4.373),
+                            "triton": (0.2907, 1.038),
+                            "sdpa": (1.628, 4.375),
+                        },
+                    },
+                ),
+                "very short sequences": Order(
+                    ("triton", "sdpa", "fa4"),
+                    {
+                        "full 512x12x128x64": {
+                            "triton": (0.1395, 0.6275),
+                            "sdpa": (0.1342, 0.8027),
+                            "fa4": (0.3166, 0.8901),
                         },
                     },
                 ),
@@ -96,16 +233,15 @@ DEVICES = {
                     ("fa4", "sdpa", "triton", "flex"),
                     {
                         "causal 4x16x4096x64": {
-                            "fa4": (0.2977, 1.141),
-                            "sdpa": (0.3302, 1.278),
-                            "triton": (0.3692, 1.318),
-                            "flex": (0.4216, 1.729),
+                            "fa4": (0.2931, 1.017),
+                            "sdpa": (0.3293, 1.273),
+                            "triton": (0.352, 1.279),
+                            "flex": (0.4188, 1.717),
                         },
                         "full 4x16x4096x64": {
-                            "fa4": (0.5108, 1.789),
-                            "sdpa": (0.5655, 2.099),
-                            "triton": (0.6091, 2.257),
-                            "flex": (0.6782, 2.893),
+                            "fa4": (0.5093, 1.778),
+                            "sdpa": (0.5741, 2.127),
+                            "triton": (0.6074, 2.246),
                         },
                     },
                 ),
@@ -113,43 +249,49 @@ DEVICES = {
                     ("fa4", "sdpa", "triton", "flex"),
                     {
                         "causal 4x16x4096x128": {
-                            "fa4": (0.4319, 1.7),
-                            "sdpa": (0.4745, 1.924),
-                            "triton": (0.5673, 2.274),
+                            "fa4": (0.4269, 1.68),
+                            "sdpa": (0.4703, 1.906),
+                            "triton": (0.4868, 2.18),
                         },
                         "full 4x16x4096x128": {
-                            "fa4": (0.7765, 2.992),
-                            "sdpa": (0.8215, 3.327),
-                            "triton": (1.05, 4.21),
-                            "flex": (1.192, 4.548),
+                            "fa4": (0.7661, 2.941),
+                            "sdpa": (0.8088, 3.268),
+                            "triton": (0.8276, 3.97),
+                            "flex": (1.146, 4.47),
+                        },
+                        "causal 1x32/8x8192x128": {
+                            "fa4": (0.7745, 3.126),
+                            "sdpa": (0.8891, 3.533),
+                            "triton": (0.8612, 4.295),
+                            "flex": (1.416, 5.298),
+                        },
+                        "causal 1x16x16384x128": {
+                            "fa4": (1.51, 5.588),
+                            "sdpa": (1.735, 6.451),
+                            "triton": (1.564, 7.337),
+                        },
+                        "causal 4x16x4096x96": {
+                            "fa4": (0.3738, 1.415),
+                            "sdpa": (0.4738, 1.852),
+                            "triton": (0.6, 2.302),
                         },
                     },
                 ),
             },
             "jax": {
                 "few queries": Order(
-                    ("triton", "fa3", "fa4", "cudnn"),
+                    ("triton", "fa4", "fa3", "cudnn"),
                     {
                         "decoding 8x32/8x1:32768x128": {
-                            "triton": (0.3732,),
-                            "fa3": (0.6603,),
-                            "fa4": (0.6702,),
-                            "cudnn": (0.7566,),
+                            "triton": (0.3559,),
+                            "fa4": (0.656,),
+                            "fa3": (0.6568,),
+                            "cudnn": (0.767,),
                         },
                     },
                 ),
                 "a mask that is no key mask": Order(("triton",), {}),
-                "a key mask": Order(
-                    ("triton",),
-                    {
-                        "key mask with holes 4x16x4096x64": {
-                            "triton": (1.111, 2.928),
-                        },
-                        "padded keys 4x16x4096x64": {
-                            "triton": (0.4074, 1.459),
-                        },
-                    },
-                ),
+                "a key mask": Order(("triton",), {}),
                 "lengths": Order(("cudnn", "fa4", "triton"), {}),
                 "sinks": Order(
                     ("triton",),
@@ -165,18 +307,19 @@ DEVICES = {
                     ("triton",),
                     {
                         "trained bias (1, 16, 2048, 2048) 4x16x2048x64": {
-                            "triton": (0.2414, 1.602),
+                            "triton": (0.2262, 1.44),
                         },
                     },
                 ),
+                "very short sequences": Order(("fa4", "fa3", "cudnn", "triton"), {}),
                 "short sequences": Order(
-                    ("fa4", "triton", "fa3", "cudnn"),
+                    ("fa4", "fa3", "triton", "cudnn"),
                     {
                         "full 8x16x512x64": {
-                            "fa4": (0.03109, 0.1077),
-                            "triton": (0.04013, 0.1181),
-                            "fa3": (0.05254, 0.1163),
-                            "cudnn": (0.05733, 0.1156),
+                            "fa4": (0.03017, 0.1067),
+                            "fa3": (0.03181, 0.1131),
+                            "triton": (0.03228, 0.1211),
+                            "cudnn": (0.03888, 0.1134),
                         },
                     },
                 ),
@@ -207,10 +350,11 @@ DEVICES = {
                     },
                 ),
                 "segment ids": Order(
-                    ("triton",),
+                    ("fa4", "triton"),
                     {
                         "8 documents, causal 1x16x16384x128": {
-                            "triton": (0.3584, 1.489),
+                            "fa4": (0.3143, 1.155),
+                            "triton": (0.3556, 1.47),
                         },
                     },
                 ),
@@ -226,10 +370,10 @@ DEVICES = {
                     ("fa3", "fa4", "cudnn", "triton"),
                     {
                         "window 1024, causal 1x16x16384x128": {
-                            "fa3": (0.2449, 1.053),
-                            "fa4": (0.2702, 1.051),
-                            "cudnn": (0.2918, 1.306),
-                            "triton": (0.3317, 1.41),
+                            "fa3": (0.2455, 1.046),
+                            "fa4": (0.2735, 1.045),
+                            "cudnn": (0.2968, 1.311),
+                            "triton": (0.3387, 1.363),
                         },
                     },
                 ),
@@ -237,7 +381,7 @@ DEVICES = {
                     ("triton",),
                     {
                         "padded keys, causal 4x16x4096x64": {
-                            "triton": (0.2836, 1.026),
+                            "triton": (0.2949, 1.073),
                         },
                     },
                 ),
@@ -245,22 +389,10 @@ DEVICES = {
                     ("fa3", "fa4", "cudnn", "triton"),
                     {
                         "causal 4x16x4096x128": {
-                            "fa3": (0.3938, 1.66),
-                            "fa4": (0.4401, 1.717),
-                            "cudnn": (0.4833, 2.065),
-                            "triton": (0.5861, 2.411),
-                        },
-                        "full 4x16x4096x128": {
-                            "fa3": (0.7562, 3.029),
-                            "fa4": (0.7681, 2.985),
-                            "cudnn": (0.828, 3.441),
-                            "triton": (1.141, 4.875),
-                        },
-                        "causal 1x32/8x8192x128": {
-                            "fa3": (0.7247, 3.086),
-                            "fa4": (0.8062, 3.223),
-                            "cudnn": (0.917, 3.717),
-                            "triton": (1.098, 4.556),
+                            "fa3": (0.3972, 1.648),
+                            "fa4": (0.4479, 1.7),
+                            "cudnn": (0.4951, 2.05),
+                            "triton": (0.4926, 2.338),
                         },
                     },
                 ),
