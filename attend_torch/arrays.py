@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from attend_shared import meaning
 from attend_shared.call import FAR, Arrays, Call, Framework
@@ -33,6 +34,21 @@ def is_traced(array: torch.Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     return torch._C._dispatch_keys(array).has(_PYTHON)
+
+
+def is_watched() -> bool:
+    """Whether a transformation looks on: lanes, tangents, gradients of functions."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def needs_gradients(arrays: Arrays) -> bool:
+    """Whether autograd is to know of a call of these; written out, for this is asked in each call."""
+    if not torch.is_grad_enabled():
+        return False
+    if arrays.q.requires_grad or arrays.k.requires_grad or arrays.v.requires_grad:
+        return True
+    bias, sinks = arrays.bias, arrays.sinks
+    return (bias is not None and bias.requires_grad) or (sinks is not None and sinks.requires_grad)
 
 
 FRAMEWORK = Framework(

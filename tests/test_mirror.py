@@ -49,6 +49,8 @@ ONE_SIDED_FILES = {
 ONE_SIDED_NAMES = {
     "attend_torch.arrays.signed": "torch compares and subtracts few unsigned integers",
     "attend_torch.arrays.is_traced": "JAX traces everything",
+    "attend_torch.arrays.is_watched": "JAX traces everything",
+    "attend_torch.arrays.needs_gradients": "JAX differentiates functions",
     "attend_torch.arrays.device_type": "without making a device object, which an eager call would feel",
     "attend_jax.arrays.SHAPES": "shapes without data are a type of their own in JAX, in torch a device",
     "attend_jax.arrays.to_int32": "without x64 JAX has no 64-bit integers",

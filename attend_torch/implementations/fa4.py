@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from attend_shared import flash, meaning
 from attend_shared.call import Arrays, Call
-from attend_torch.arrays import hide, indices, is_traced
+from attend_torch.arrays import hide, indices, is_traced, is_watched, needs_gradients
 from attend_torch.implementations import einsum, rowwise
 
 Tensor = torch.Tensor
@@ -52,8 +52,10 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     options = (*flash.window(call), call.scale, call.softcap, call.layout == "bnhd")
     if is_traced(arrays.q):  # what looks on takes the operator whole
         out, lse = torch.ops.attend_torch.fa4(*inputs, *options)
-    else:
+    elif is_watched() or needs_gradients(arrays):
         out, lse = _Attend.apply(options, *inputs)
+    else:  # a Function looks its signature up each time it is called
+        out, lse = _forward(inputs, *options)
     if size != call.dv:
         out = out[..., : call.dv]
     return _empty(call, arrays, out, lse) if call.q_lengths else (out, lse)

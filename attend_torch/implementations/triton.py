@@ -13,13 +13,12 @@ from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import forward_ad
 
 from attend_shared import meaning
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
 from attend_shared.kernels.plan import Blocks, Launch, Layout
-from attend_torch.arrays import is_traced
+from attend_torch.arrays import is_traced, is_watched, needs_gradients
 from attend_torch.implementations import blockwise, einsum, rowwise
 from attend_torch.implementations.blockwise import COUNT, FLOATS
 from attend_torch.machine import capability
@@ -65,27 +64,14 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
         arrays = arrays if isinstance(arrays.q_offset, Tensor) else arrays._replace(q_offset=None)
         options = call.left, call.right, offset, call.scale, call.softcap, call.dropout
         out, lse, *_ = torch.ops.attend_torch.triton(*arrays, *options)
-    elif _is_watched():
+    elif is_watched():
         out, lse, *_ = _Attend.apply(call, *arrays)
-    elif torch.is_grad_enabled() and _needs_gradients(arrays):
+    elif needs_gradients(arrays):
         out, lse = _Eager.apply(call, arrays, arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
     else:
         _, known = _forward(call, arrays)
         out, lse = known["out"], known["lse"]
     return out, lse
-
-
-def _is_watched() -> bool:
-    """Whether a transformation looks on: lanes, tangents, gradients of functions."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
-def _needs_gradients(arrays: Arrays) -> bool:
-    """Whether one of those that have gradients needs its own; written out, for this is asked in each call."""
-    if arrays.q.requires_grad or arrays.k.requires_grad or arrays.v.requires_grad:
-        return True
-    bias, sinks = arrays.bias, arrays.sinks
-    return (bias is not None and bias.requires_grad) or (sinks is not None and sinks.requires_grad)
 
 
 SAVED = ("out", "lse", "top", "inverse", "exact", *plans.BOUNDS)
@@ -150,7 +136,7 @@ def _way_back(ctx: Any, wanted: Sequence[bool], dout: Tensor | None, dlse: Tenso
     if ctx.at is not None:
         arrays = arrays._replace(q_offset=ctx.at)
     dout = torch.zeros_like(saved[0]) if dout is None else dout
-    if torch.is_grad_enabled() or _is_watched():
+    if torch.is_grad_enabled() or is_watched():
         gradients = iter(_Gradients.apply(ctx.call, wanted, *arrays, *saved, dout, dlse))
         return [next(gradients) if wants else None for wants in wanted]
     return _gradients(ctx.call, arrays, saved, dout, dlse, wanted)

@@ -512,20 +512,27 @@ def summary(results: Results) -> str:
     return f"Of {len(found)} aims {verdict}."
 
 
-def _only(run: dict[str, Any], session: int) -> str:
-    """What was measured in a session, where there were several."""
-    if len(run["sessions"]) == 1:
-        return ""
+def _measured(run: dict[str, Any], session: int | None = None) -> dict[str, list[str]]:
+    """The workloads of which there are runs, by framework: of a session, or of all."""
     known = {
         (each["framework"], each["workload"])
-        for each in run["measurements"]
-        if each["session"] == session and each["runs"]
-    }
-    parts = (
-        f"{NAMED[framework]}: {', '.join(name for name in run['workloads'] if (framework, name) in known)}"
-        for framework in FRAMEWORKS if any(its == framework for its, _ in known)
-    )  # fmt: skip
-    return f" ({'; '.join(parts)})"
+        for each in run["measurements"] if session in (None, each["session"]) and each["runs"]
+    }  # fmt: skip
+    found = {framework: [name for name in run["workloads"] if (framework, name) in known] for framework in FRAMEWORKS}
+    return {framework: names for framework, names in found.items() if names}
+
+
+def _session(run: dict[str, Any], n: int) -> str:
+    """When, how long, what; nothing where later sessions have measured all of it anew."""
+    each, found = run["sessions"][n], _measured(run, n)
+    if not found:
+        return ""
+    parts = "; ".join(f"{NAMED[framework]}: {', '.join(names)}" for framework, names in found.items())
+    return (
+        f"{each['started'][:16].replace('T', ' ')} UTC, {each['seconds'] / 60:.1f} minutes, "
+        f"{each['repeats']} runs of each, sources {' and '.join(dict.fromkeys(each['sources'].values()))}"
+        + (f" ({parts})" if len(run["sessions"]) > 1 else "")
+    )
 
 
 def section(run: dict[str, Any]) -> str:
@@ -536,18 +543,14 @@ def section(run: dict[str, Any]) -> str:
         f"in the process of {NAMED[framework]}: " + ", ".join(f"{name} {value}" for name, value in versions.items())
         for framework, versions in run["versions"].items()
     )
-    sessions = "; ".join(
-        f"{each['started'][:16].replace('T', ' ')} UTC, {each['seconds'] / 60:.1f} minutes, "
-        f"{each['repeats']} runs of each, sources {' and '.join(dict.fromkeys(each['sources'].values()))}"
-        + _only(run, n)
-        for n, each in enumerate(run["sessions"])
-    )
+    sessions = "; ".join(filter(None, (_session(run, n) for n in range(len(run["sessions"])))))
     rates = ", ".join(f"{value:.0f} {name}" for name, value in run["rates"].items())
     about = f"{facts[0].upper()}{facts[1:]}. {packages[0].upper()}{packages[1:]}. Measured on {sessions}."
     about += f" In this run: {rates}."
-    left = [load.name for load in workloads.WORKLOADS if load.name not in results.names()]
-    if left:
-        about += f" For want of time nothing was measured of: {'; '.join(left)}."
+    for framework, names in _measured(run).items():
+        left = [load.name for load in workloads.WORKLOADS if load.name not in names]
+        if left:
+            about += f" For want of time {NAMED[framework]} was not asked for: {'; '.join(left)}."
     parts = (table.for_page().replace("|  |", "| – |") for table in tables(run))
     return "\n".join(["", about, "", summary(results), "", *parts, ""])
 

@@ -710,11 +710,12 @@ def forward(
                     BEHIND and (RIGHT or SEGMENTS or stage != 1),
                 ):  # fmt: skip
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
-                    if PACKED and (stage != 1) and (LEFT or RIGHT):  # once more, rather than in registers; none behind the last
+                    if PACKED and (stage != 1) and (LEFT or RIGHT):  # read anew, not kept; none behind the last
                         keys = tl.load(listed + b64 * J + begin + columns, mask=begin + columns < j_end, other=FAR)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, (stage != 1) and not RIGHT if PACKED else not FULL,
+                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS,
+                        (stage != 1) and not RIGHT if PACKED else not FULL,
                     )  # fmt: skip
                 if LATE:
                     new = tl.maximum(m, tl.max(s, 1) * late)
@@ -976,11 +977,12 @@ def query_gradients(
                     BEHIND and (RIGHT or SEGMENTS or stage != 1),
                 ):  # fmt: skip
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
-                    if PACKED and (stage != 1) and (LEFT or RIGHT):  # once more, rather than in registers; none behind the last
+                    if PACKED and (stage != 1) and (LEFT or RIGHT):  # read anew, not kept; none behind the last
                         keys = tl.load(listed + b64 * J + begin + columns, mask=begin + columns < j_end, other=FAR)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
-                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS, (stage != 1) and not RIGHT if PACKED else not FULL,
+                        alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS,
+                        (stage != 1) and not RIGHT if PACKED else not FULL,
                     )  # fmt: skip
                 if LATE:
                     s = s * factor
