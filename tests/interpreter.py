@@ -13,14 +13,17 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.runtime import interpreter
 
 from attend_shared import cases, compare
+from attend_shared.call import Arrays, check
 from attend_shared.kernels import plan as plans
 from attend_torch import attend, bridge
+from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import triton
 
 _patch = interpreter._patch_lang_tensor
@@ -168,6 +171,43 @@ def whole() -> dict[str, list[float] | str]:
     return found
 
 
+def packed() -> dict[str, list[str]]:
+    """What of the places of keys, of how many lie below each, and of the first run, is not what NumPy finds."""
+    j = 1300  # of three programs, whose words before them are counted in more than one turn
+    random = np.random.default_rng(0)
+    run = np.arange(j) >= 130
+    masks = {
+        "holes": random.random((2, j)) < 0.7,
+        "few": random.random((2, j)) < 0.001,
+        "runs": np.stack([run, run & (np.arange(j) != 1000)]),
+        "none and all": np.stack([np.zeros(j, bool), np.ones(j, bool)]),
+    }
+    q, k, lengths = torch.zeros(2, 1, 1, 16), torch.zeros(2, 1, j, 16), torch.tensor([j, 1250])
+    triton.plans.MANY = 32
+    found: dict[str, list[str]] = {}
+    for name, mask in masks.items():
+        arrays = Arrays(q, k, k, torch.from_numpy(mask)[:, None, None], kv_lengths=lengths)
+        call = check(FRAMEWORK, arrays, False, None, None, None, 0.0, False, "bhnd", None)
+        plan, known = triton._prepare(call, arrays)
+        triton._run(plan.forward[:2], known)
+        there = mask & (np.arange(j) < lengths.numpy()[:, None])
+        before, wrong = known["before"].numpy(), []
+        groups = plan.forward[1].launch.constants["G"]
+        for item in range(2):
+            places = np.flatnonzero(there[item])
+            if (known["listed"][item, : len(places)].numpy() != places).any():
+                wrong.append(f"places of {item}")
+            if (before[item, : j + 1] != np.searchsorted(places, np.arange(j + 1))).any():
+                wrong.append(f"how many below in {item}")
+            whole = [bool(there[item, n : n + groups].all()) and n + groups <= j for n in range(0, j, groups)]
+            first = whole.index(True) if True in whole else len(whole)
+            end = whole.index(False, first) if False in whole[first:] else len(whole)
+            if list(before[item, j + 1 :]) != [first * groups, end * groups]:
+                wrong.append(f"the run of {item}: {before[item, j + 1 :]} for {first * groups}, {end * groups}")
+        found[name] = wrong
+    return found
+
+
 def in_torch() -> dict[str, str]:
     """What surrounds the kernels in torch, against einsum."""
     q, k, v = (draw(2, 2, 20, 8, seed=n).requires_grad_() for n in range(3))
@@ -228,7 +268,9 @@ def in_torch() -> dict[str, str]:
     return found
 
 
-TASKS: dict[str, Callable[..., Any]] = {"cases": run_cases, "visits": visits, "whole": whole, "torch": in_torch}
+TASKS: dict[str, Callable[..., Any]] = {
+    "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "torch": in_torch
+}  # fmt: skip
 
 if __name__ == "__main__":
     answer = TASKS[sys.argv[1]](*sys.argv[2:])

@@ -109,6 +109,10 @@ def test_whole_blocks_are_not_looked_at() -> None:
     }
 
 
+def test_keys_are_packed_in_order() -> None:
+    assert interpret("packed") == {"holes": [], "few": [], "runs": [], "none and all": []}
+
+
 def test_what_the_interpreter_is_not_needed_for() -> None:
     """vmap, compilers, a second derivative, and arrays that lie otherwise or hold nothing, in one process."""
     found = interpret("torch")
@@ -155,9 +159,7 @@ def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str], capability:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from attend_shared.kernels import attention
-
-    kernel = getattr(attention, launch.kernel)
+    kernel = launch.function
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32", "uint8": "u8",
              "int8": "i8", "bool": "i1"}  # fmt: skip
     kinds = [("*" + short[dtypes[name or "q"]], None) for name in launch.inputs]

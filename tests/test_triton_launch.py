@@ -66,13 +66,16 @@ class Grids(SimpleNamespace):
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    from attend_shared.kernels import attention
+    from attend_shared.kernels import attention, bounds
 
     found = Machine()
-    for name in ("forward", "row_sums", "query_gradients", "key_gradients", "key_ranges", "query_ranges", "overlaps",
-                 "list_blocks"):  # fmt: skip
-        names = getattr(attention, name).arg_names
-        monkeypatch.setattr(attention, name, Grids(partial(found.compile, names), arg_names=names))
+    for module, kernels in (
+        (attention, ("forward", "row_sums", "query_gradients", "key_gradients")),
+        (bounds, ("key_ranges", "query_ranges", "overlaps", "list_blocks", "pack_keys")),
+    ):
+        for name in kernels:
+            names = getattr(module, name).arg_names
+            monkeypatch.setattr(module, name, Grids(partial(found.compile, names), arg_names=names))
     knobs = SimpleNamespace(runtime=found.hooks)
     driver = triton._Driver(lambda: found.device, lambda device: found.stream, knobs)
     monkeypatch.setattr(triton, "_driver", lambda: driver)

@@ -53,7 +53,7 @@ class Blocks(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """One launch of a kernel of `attention`: kernel[grid](*inputs, *numbers, *outputs, **constants).
+    """One launch of a kernel: kernel[grid](*inputs, *numbers, *outputs, **constants).
 
     Attributes:
         kernel: its name.
@@ -63,7 +63,7 @@ class Launch(NamedTuple):
         outputs: what it writes.
         constants: what is fixed when it is compiled.
         warps, stages: num_warps and num_stages.
-        gluon: whether it is a kernel of `hopper`, not of `attention`.
+        module: where it is: "attention", "bounds" or "hopper".
         blocks: inputs that are given as tensor descriptors, by their names.
     """
 
@@ -75,14 +75,18 @@ class Launch(NamedTuple):
     constants: Mapping[str, Any]
     warps: int
     stages: int
-    gluon: bool = False
+    module: str = "attention"
     blocks: Mapping[str, Blocks] = {}
 
     @property
     def function(self) -> Any:
         """The kernel itself."""
-        module = "hopper" if self.gluon else "attention"
-        return getattr(import_module(f"attend_shared.kernels.{module}"), self.kernel)
+        return getattr(import_module(f"attend_shared.kernels.{self.module}"), self.kernel)
+
+    @property
+    def gluon(self) -> bool:
+        """Whether it is in Gluon."""
+        return self.module == "hopper"
 
 
 class Layout(NamedTuple):
@@ -253,7 +257,7 @@ def _plain(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
         {"GROUP": call.h // call.hk, "D": call.d, "BN": PLAIN.keys, "UNIT": shared.unit, "QN": shared.layout.q[2],
          "KB": min(k[0], 1), "KH": min(k[1], 1), "VB": min(v[0], 1), "VH": min(v[1], 1), "BNHD": shared.bnhd,
          "RIGHT": call.right is not None, "STAGES_K": PLAIN.stages, "STAGES_V": PLAIN.stages},
-        PLAIN.warps, 1, True, {"k": _blocks(call, k), "v": _blocks(call, v)},
+        PLAIN.warps, 1, "hopper", {"k": _blocks(call, k), "v": _blocks(call, v)},
     )  # fmt: skip
 
 
@@ -320,7 +324,7 @@ def _bounds(call: Call, layout: Layout, ahead: Ahead, size: int) -> list[Launch]
     if ahead.searched:
         launches.append(Launch(
             "query_ranges", (rows, b, 1), ("q_segment_ids", q_lengths), (call.i,), q_ranges,
-            {"Q_LENGTHS": call.q_lengths, "G": g}, 4, 1,
+            {"Q_LENGTHS": call.q_lengths, "G": g}, 4, 1, "bounds",
         ))  # fmt: skip
     mask = layout.mask if call.key_masked and layout.mask is not None else (0, 0, 0, 0)
     together = ahead.ranged and not ahead.searched
@@ -333,12 +337,12 @@ def _bounds(call: Call, layout: Layout, ahead: Ahead, size: int) -> list[Launch]
          Output("k_low", (b, keys), "int64"), Output("k_high", (b, keys), "int64"),
          *(q_ranges if together else unused)),
         {"MASK": call.key_masked, "SEGMENTS": call.segments, "SEARCH": ahead.searched, "Q_LENGTHS": call.q_lengths,
-         "KV_LENGTHS": call.kv_lengths, "G": g, "BLOCK": MANY}, 4, 1,
+         "KV_LENGTHS": call.kv_lengths, "G": g, "BLOCK": MANY}, 4, 1, "bounds",
     ))  # fmt: skip
     if ahead.ranged:
         launches.append(Launch(
             "overlaps", (rows + keys, b, 1), ("q_low", "q_high", "k_low", "k_high", "live"), (rows, keys),
-            (Output("bounds", (b, rows + keys, 4), "int32"),), {"BLOCK": MANY}, 4, 1,
+            (Output("bounds", (b, rows + keys, 4), "int32"),), {"BLOCK": MANY}, 4, 1, "bounds",
         ))  # fmt: skip
     if ahead.packed:
         word = min(32, g)
@@ -346,14 +350,14 @@ def _bounds(call: Call, layout: Layout, ahead: Ahead, size: int) -> list[Launch]
         launches.append(Launch(
             "pack_keys", (_cdiv(words, WORDS), b, 1), ("alive", "live"), (call.j, words, keys),
             (Output("listed", (b, call.j), "int32"), Output("before", (b, call.j + 3), "int32")),
-            {"G": g, "WORD": word, "BLOCK": WORDS, "MANY": MANY}, 4, 1,
+            {"G": g, "WORD": word, "BLOCK": WORDS, "MANY": MANY}, 4, 1, "bounds",
         ))  # fmt: skip
     if ahead.listed:
         blocks = _cdiv(call.j, size)
         launches.append(Launch(
             "list_blocks", (b, 1, 1), ("live",), (keys, blocks),
             (Output("listed", (b, blocks), "int32"), Output("before", (b, blocks + 3), "int32")),
-            {"RATIO": size // g, "BLOCK": MANY}, 4, 1,
+            {"RATIO": size // g, "BLOCK": MANY}, 4, 1, "bounds",
         ))  # fmt: skip
     return launches
 
