@@ -158,12 +158,12 @@ def run(arrays: Arrays, *options: Any) -> Any:
     return (out, lse) if call.return_lse else out
 
 
-def looked(call: Call, arrays: Arrays) -> tuple[Call, np.ndarray | None]:
+def looked(call: Call, arrays: Arrays) -> tuple[Call, Any]:
     """`runs.look` for the one implementation that takes packed sequences."""
     return runs.look(lambda: table(call), call, arrays, PACKING)
 
 
-def _settled(call: Call, arrays: Arrays, name: str, starts: np.ndarray | None) -> tuple[Call, Arrays]:
+def _settled(call: Call, arrays: Arrays, name: str, starts: Any) -> tuple[Call, Arrays]:
     """What runs are is for the implementation that takes them; the others see ids, and the call as it was."""
     if name != PACKING:
         return call._replace(runs=""), arrays
@@ -231,7 +231,8 @@ def explain(
     JAX: jax.ShapeDtypeStruct will do.
 
     Args:
-        As in `attend`, and checked alike. Only shapes, dtypes and options matter.
+        As in `attend`, and checked alike. Only shapes, dtypes and options matter, and segment ids where
+        implementation names "fa4" or `convert.segments_from_cu_seqlens` made them.
 
     Returns:
         Explanation(chosen, rows, notes): the name or None; (name, None or the reason of its refusal) for every

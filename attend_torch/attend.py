@@ -208,7 +208,8 @@ def explain(
     PyTorch: tensors on the meta device will do.
 
     Args:
-        As in `attend`, and checked alike. Only shapes, dtypes and options matter.
+        As in `attend`, and checked alike. Only shapes, dtypes and options matter, and segment ids where
+        implementation names "fa4" or `convert.segments_from_cu_seqlens` made them.
 
     Returns:
         Explanation(chosen, rows, notes): the name or None; (name, None or the reason of its refusal) for every

@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from attend_shared import runs
 from attend_shared.call import Arrays, Call
 from attend_shared.choice import Entry
-from attend_torch.arrays import is_traced
+from attend_torch.arrays import is_traced, is_watched
 
 _KNOWN: dict[Hashable, runs.Known] = {}
 _UNREAD, _FEW = (runs.Known(lambda: False, state, None) for state in (runs.UNREAD, runs.FEW))
@@ -41,8 +41,8 @@ def look(
     if state:
         return call._replace(runs=state), None
     known = _known(call, ids)
-    if known.starts is not None and known.starts.is_cuda:  # it may have been made on another stream
-        known.starts.record_stream(torch.cuda.current_stream(known.starts.device))
+    if known.starts is not None:
+        _follow(known.starts)
     return call._replace(runs=known.state), known.starts
 
 
@@ -50,16 +50,11 @@ def _closed(call: Call, arrays: Arrays, ids: list[torch.Tensor]) -> str:
     """Why ids do not matter, or ""."""
     if call.platform == "meta" or any(x.is_meta for x in ids):
         return runs.NOT_LOOKED
-    if any(is_traced(x) for x in (*arrays[:3], *ids)) or _in_transform():
+    if any(is_traced(x) for x in (*arrays[:3], *ids)) or is_watched():
         return runs.TRACED
     if arrays.q.is_cuda and torch.cuda.is_current_stream_capturing():
         return runs.CAPTURED
     return ""
-
-
-def _in_transform() -> bool:
-    """Whether a transform of torch.func is at work."""
-    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _key(ids: list[torch.Tensor]) -> Hashable:
@@ -84,15 +79,23 @@ def _known(call: Call, ids: list[torch.Tensor]) -> runs.Known:
     if call.names is None:  # another call may have looked: a choice must not depend on that
         if known is None or not known.made:
             return _UNREAD
-        return _FEW if runs.is_few(call, known.starts.shape[0] - 1) else known
-    if known is None or not known.alive():
+        if runs.is_few(call, known.starts.shape[0] - 3):  # beside their starts are 0, the last end and the length
+            return _FEW
+    elif known is None or not known.alive():
         known = _looked(ids)
         if key is not None:
             runs.remember(_KNOWN, key, known)
         return known
     for now, then in zip(map(_signed, ids), known.kept, strict=False):
+        _follow(then)
         torch._assert_async((now == then).all(), runs.CHANGED)
     return known
+
+
+def _follow(x: torch.Tensor) -> None:
+    """Have the memory of x wait for the current stream too: x may have been made on another."""
+    if x.is_cuda:
+        x.record_stream(torch.cuda.current_stream(x.device))
 
 
 def _signed(ids: torch.Tensor) -> torch.Tensor:
@@ -102,10 +105,11 @@ def _signed(ids: torch.Tensor) -> torch.Tensor:
 
 def _looked(ids: list[torch.Tensor]) -> runs.Known:
     """What ids are. This waits for the device."""
-    host = [x.detach().cpu().numpy() for x in ids]
+    kept = [_signed(x.detach()).clone() for x in ids]
+    host = [x.detach().cpu().numpy() for x in ids]  # which waits for what is kept as well
     state, starts = runs.look(host[0], host[1] if len(host) > 1 else None)
     found = None if starts is None else torch.from_numpy(starts).to(ids[0].device)
-    return runs.Known(_alive(ids), state, found, kept=[_signed(x.detach()).clone() for x in ids])
+    return runs.Known(_alive(ids), state, found, kept=kept)
 
 
 def made(ids: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -115,10 +119,10 @@ def made(ids: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
         ids: by `attend_shared.convert.segments_from_cu_seqlens`.
         cu_seqlens: integers (n + 1,), in any order and of any size.
     """
-    if is_traced(ids) or _in_transform() or (key := _key([ids])) is None:
+    if is_traced(ids) or is_watched() or (key := _key([ids])) is None:
         return
     length = ids.shape[1]
     bounds = cu_seqlens.long().clamp(0, length).int()
     first, last = torch.minimum(bounds[:-1], bounds[-1:]).sort().values, bounds[-1:]
     starts = torch.cat([bounds.new_zeros(1), first, last, bounds.new_full((1,), length)])
-    runs.remember(_KNOWN, key, runs.Known(_alive([ids]), runs.PACKED, starts, made=True))
+    runs.remember(_KNOWN, key, runs.Known(_alive([ids]), runs.PACKED, starts, True, [_signed(ids).clone()]))

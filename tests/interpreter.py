@@ -236,6 +236,12 @@ def in_torch() -> dict[str, str]:
 
         return function
 
+    mask = torch.arange(20)[None] % 3 > 0
+    far = [torch.tensor(2**40), torch.tensor([2**30 - 1, -(2**40)])]
+    rules: list[dict[str, Any]] = [{"is_causal": True}, {"window_size": (7, 3)}]
+    found["a key mask, far off"] = both(lambda name: [
+        attend(q, k, v, mask=mask, q_offset=at, return_lse=True, implementation=name, **rule)
+        for at in far for rule in rules])  # fmt: skip
     compiled = torch.compile(call("triton"), fullgraph=True, backend="aot_eager")
     inputs = (q, k, v, sinks, bias)
     found["compiled"] = near(compiled(*inputs), call("einsum")(*inputs))

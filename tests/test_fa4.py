@@ -68,11 +68,12 @@ BOTH = [
     ({"bias": meta(1, 4, 96, 96)}, "it has no bias"),
     (ONE_ITEM, "it takes segments that lie one after the other, and whether these do was not looked at"),
     ({"q_segment_ids": IDS},
-     "it takes segments of one item, as a tile of packed keys may reach into the next item and bring NaN from there: "
-     "put all in one row, with ids of their own"),
+     "it takes segments of one item, not of 2, as a tile of packed keys may reach into the next item and bring NaN "
+     "from there: put all in one row, with ids of their own"),
     ({"q": meta(2, 4, 8, 64), "q_segment_ids": meta(2, 8, dtype=INT), "kv_segment_ids": IDS},
-     "it takes segments that lie one after the other, in q as in k, so q_len must be kv_len"),
-    (ONE_ITEM | {"kv_lengths": meta(1, dtype=INT)}, "beside segments it has no lengths"),
+     "it takes segments that lie one after the other, in q as in k, so q_len must be kv_len, not 8 beside 96"),
+    (ONE_ITEM | {"kv_lengths": meta(1, dtype=INT)},
+     "beside segments it has no lengths: give padding an id of its own instead"),
     ({"dropout": 0.1, "dropout_seed": 0}, "it has no dropout"),
     ({"scale": 0.0}, "it looks for the largest logit before it scales, which takes a scale > 0"),
     ({"is_causal": True, "q_offset": 3},

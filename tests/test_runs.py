@@ -187,7 +187,7 @@ def test_two_tensors(looks: list[int]) -> None:
     other[0, 0] = 7
     with pytest.raises(UnsupportedError, match="kv_segment_ids: it expected the ids of q_segment_ids"):
         ask(ids, other)
-    with pytest.raises(UnsupportedError, match="of their dtype, got others"):
+    with pytest.raises(UnsupportedError, match="of their dtype, got another dtype or other ids"):
         ask(ids, ids.int())
 
 
@@ -221,11 +221,12 @@ def test_what_is_gone_is_forgotten(looks: list[int]) -> None:
 
 
 def test_a_change_that_torch_does_not_count_is_no_wrong_answer(looks: list[int]) -> None:
-    ids = torch.tensor(IDS)
-    ask(ids)
-    ids.numpy()[0, 0] = 9  # as a collective does, or a kernel of one's own
-    with pytest.raises(RuntimeError, match="changed in a way that torch does not count"):
+    made = attend_torch.convert.segments_from_cu_seqlens(torch.tensor([0, 3, 5, 7]), 7)
+    for ids in (torch.tensor(IDS), made):
         ask(ids)
+        ids.numpy()[0, 0] = 9  # as a collective does, or a kernel of one's own
+        with pytest.raises(RuntimeError, match="changed in a way that torch does not count"):
+            ask(ids)
 
 
 def test_inference_mode(looks: list[int]) -> None:

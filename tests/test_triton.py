@@ -120,7 +120,7 @@ def test_what_the_interpreter_is_not_needed_for() -> None:
     assert found == dict.fromkeys(found, "ok")
     assert set(found) == {
         "vmap", "compiled", "compiled gradients", "expanded", "last axis not contiguous", "traced", "fake tensors",
-        "operator", "dk and dv in two passes",
+        "operator", "dk and dv in two passes", "a key mask, far off",
     }  # fmt: skip
 
 

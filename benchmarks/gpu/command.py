@@ -35,7 +35,7 @@ SHORTEST = 3  # seconds without which no workload is begun
 FRAMEWORKS = ("torch", "jax")
 QUICK = (CHOICE, "SDPA", "SDPA cuDNN", "SDPA flash", "SDPA efficient", "attend sdpa")  # there is nothing to compile
 SLOW = ("attend flex",)  # compiles for a minute where it is given lists of blocks: only ahead of time, and last
-NOT_COMPILED = "compiling it took longer than there was for it"
+NOT_COMPILED = "it was not compiled ahead, in the time that there was for it"
 PATIENCE = 90  # seconds for compiling and checking an entry
 BROKEN = re.compile(r"CUDA error|CUDA_ERROR|illegal (memory|instr)|misaligned|unspecified launch")  # of a context
 

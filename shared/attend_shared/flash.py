@@ -116,12 +116,13 @@ def refusal(call: Call, package: Package) -> str | None:
     if call.segments and not package.packed:
         return "it has no segments"
     if call.segments and call.i != call.j:
-        return "it takes segments that lie one after the other, in q as in k, so q_len must be kv_len"
+        return ("it takes segments that lie one after the other, in q as in k, so q_len must be kv_len, not "
+                f"{call.i} beside {call.j}")  # fmt: skip
     if call.segments and call.b > 1:
-        return ("it takes segments of one item, as a tile of packed keys may reach into the next item and bring NaN "
-                "from there: put all in one row, with ids of their own")  # fmt: skip
+        return (f"it takes segments of one item, not of {call.b}, as a tile of packed keys may reach into the next "
+                "item and bring NaN from there: put all in one row, with ids of their own")  # fmt: skip
     if call.segments and (call.q_lengths or call.kv_lengths):
-        return "beside segments it has no lengths"
+        return "beside segments it has no lengths: give padding an id of its own instead"
     if not package.lengths and (call.q_lengths or call.kv_lengths):
         return "it has no lengths"
     if call.dropout:

@@ -25,12 +25,12 @@ NOT_LOOKED, RETURNS, DIFFER, TRACED, CAPTURED, FEW, UNREAD, UNCERTAIN = (
 )  # fmt: skip
 REASONS = {
     NOT_LOOKED: "it takes segments that lie one after the other, and whether these do was not looked at",
-    RETURNS: "q_segment_ids: it expected each id in one run, got an id that comes back after another. Sort "
+    RETURNS: "segment ids: it expected each id in one run, got an id that comes back after another. Sort "
              "the tokens by id, or number the runs if they are segments of their own",
-    DIFFER: "kv_segment_ids: it expected the ids of q_segment_ids, of their dtype, got others. Pass q_segment_ids "
-            "alone where they are the same",
+    DIFFER: "kv_segment_ids: it expected the ids of q_segment_ids, of their dtype, got another dtype or other ids. "
+            "Pass q_segment_ids alone where they are the same",
     TRACED: "it must read segment ids before it is launched, and here they are not known until then: call attend "
-            "outside what compiles or transforms it",
+            "outside what compiles or transforms it; in JAX make them there with convert.segments_from_cu_seqlens",
     CAPTURED: "while a CUDA graph is captured it takes no segment ids, of which replays would keep the bounds of now",
     FEW: "on so few logits it gains too little where there are segments; asked for by name it takes them",
     UNREAD: "it takes segments that lie one after the other, and a choice does not read ids: make them with "
@@ -40,8 +40,8 @@ REASONS = {
                "by name",
 }  # fmt: skip
 CHANGED = (
-    "attend: segment ids that fa4 had read were changed in a way that torch does not count (by a collective, a kernel "
-    "or .data). Pass a new tensor, or make ids with convert.segments_from_cu_seqlens."
+    "attend: segment ids that fa4 knew were changed in a way that torch does not count (by a collective, a kernel or "
+    ".data). Pass a new tensor, or make them anew with convert.segments_from_cu_seqlens."
 )
 WORTH = 2**28  # logits within runs, allowed or not, whose computation hides that packed sequences are launched slowly
 KEPT = 32  # arrays whose bounds are remembered
@@ -115,7 +115,7 @@ class Known(NamedTuple):
         state: as `Call.runs`.
         starts: the framework's array of where runs start, or None.
         made: whether this library made the ids, and knows without having read them.
-        kept: the ids as they were read, where they may change.
+        kept: the ids as they were, where they may change.
     """
 
     alive: Callable[[], bool]

@@ -7,7 +7,7 @@ fixed when it is compiled. The last axis is contiguous.
 
 Nothing is masked twice: a whole block of keys or queries, one that is allowed by position, segment and key mask alike,
 is visited without a look at any of them; one that is wholly ruled out is not visited; and keys that a whole item
-excludes are read as zeros, so that what stands there (NaN, say) reaches nothing.
+excludes are read as zeros, or not at all, so that what stands there (NaN, say) reaches nothing.
 
 What the way back takes of each row lies in arrays of P rows a head, P a multiple of every block of queries: what lies
 behind the last row stands for rows that see nothing, so that it is read without a look at where the rows end.
@@ -349,8 +349,9 @@ def _visited_keys(
     are whole, end being whole, and end: in the list of blocks with a key that some query may see, where there is one.
     And how far a whole block lies behind its place in that list.
 
-    PACKED: of the keys that the item has; in the midst those that are neighbours (and WHOLE), by how many keys they lie
-    behind their place, and then where blocks are whole.
+    PACKED: counted in keys that the item has. In the midst are blocks of neighbours in memory (WHOLE: and whole), and
+    `behind` is by how many keys they lie behind their place. seen_from and seen_to, the last two, are where blocks are
+    whole: of no meaning for a list, whose blocks are all looked at but for those in its midst.
     """
     first = block * BM
     i_end, j_end = length_of(q_lengths, b, I, Q_LENGTHS), _ends(kv_lengths, before, b, J, PACKED, KV_LENGTHS)
@@ -410,7 +411,7 @@ def _keys(
     of_key, of_block = columns, begin.to(tl.int64)
     if PACKED:
         alive = keys < j_end
-        keys = tl.load(listed + b64 * J + tl.minimum(keys, j_end - 1))
+        keys = tl.load(listed + b64 * J + tl.minimum(keys, tl.maximum(j_end - 1, 0)))
         of_key, of_block = keys.to(tl.int64), tl.full((), 0, tl.int64)
     elif ALIVE:  # a bit each, of words that all threads have: a byte each would take all registers
         WORD: tl.constexpr = 32 if G > 32 else G
@@ -422,6 +423,14 @@ def _keys(
     else:
         alive = keys < j_end
     return keys, alive, of_key, of_block
+
+
+@triton.jit
+def _keys_anew(listed, b64, places, J, j_end):
+    """Which packed keys stand at some places, read once more, rather than kept in registers; where there is none, what
+    no position reaches, which are at most twice FAR.
+    """
+    return tl.load(listed + b64 * J + places, mask=places < j_end, other=2147483647)
 
 
 @triton.jit
@@ -663,7 +672,8 @@ def forward(
     # Loads ahead take registers, with which one more program would fit a multiprocessor. Not where masks or biases are
     # read: ptxas 12.8 then ran out of uniform registers, and took a product's address from one that it had used anew.
     FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or SPLIT or MASK or BIAS)
-    # Rows that lie apart: their places come one turn before them, which long ones are to be read two turns ahead.
+    # Rows that lie apart come after their places: five stages read places four turns ahead and rows two, where three
+    # read them two and one. Short rows gain nothing by that.
     FAR_APART: tl.constexpr = PACKED and BD == 128 and not PRECISE
     AHEAD: tl.constexpr = 1 if FEW else (5 if FAR_APART else None)
     for stage in tl.static_range(3):  # blocks that may be cut, whole blocks, and blocks that may be cut
@@ -710,8 +720,8 @@ def forward(
                     BEHIND and (RIGHT or SEGMENTS or stage != 1),
                 ):  # fmt: skip
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
-                    if PACKED and (stage != 1) and (LEFT or RIGHT):  # read anew, not kept; none behind the last
-                        keys = tl.load(listed + b64 * J + begin + columns, mask=begin + columns < j_end, other=FAR)
+                    if PACKED and (stage != 1) and (LEFT or RIGHT):
+                        keys = _keys_anew(listed, b64, begin + columns, J, j_end)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
                         alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS,
@@ -977,8 +987,8 @@ def query_gradients(
                     BEHIND and (RIGHT or SEGMENTS or stage != 1),
                 ):  # fmt: skip
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
-                    if PACKED and (stage != 1) and (LEFT or RIGHT):  # read anew, not kept; none behind the last
-                        keys = tl.load(listed + b64 * J + begin + columns, mask=begin + columns < j_end, other=FAR)
+                    if PACKED and (stage != 1) and (LEFT or RIGHT):
+                        keys = _keys_anew(listed, b64, begin + columns, J, j_end)
                     s = _cut(
                         s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
                         alive[None, :], NOTHING, LEFT, RIGHT, SEGMENTS,
@@ -1228,7 +1238,7 @@ def bias_gradients(
         rows, keys = tl.program_id(1) * BM + local, tl.program_id(0) * BN + columns
         of_bias = (item_head // heads).to(tl.int64) * bb + (item_head % heads).to(tl.int64) * bh
         added = _pairs(
-            bias + of_bias * BIAS_UNIT, rows[:, None].to(tl.int64) * bi * BIAS_UNIT, keys[None, :] * BJ,
+            bias + of_bias * BIAS_UNIT, rows[:, None].to(tl.int64) * bi * BIAS_UNIT, keys[None, :].to(tl.int64) * BJ,
             (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS,
         )  # fmt: skip
     acc = tl.zeros((BM, BN), tl.float32)

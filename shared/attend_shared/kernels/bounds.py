@@ -1,4 +1,4 @@
-"""What the kernels of `attention` need not visit, or not look at: found out on the device, in linear time.
+"""What the kernels of `attention` need not visit, or not look at: found out on the device.
 
 Bounds from segments, the list of blocks that have a key at all, and the keys that an item has, one behind the other. G
 is how many rows or keys are taken together. Arguments are as in `attention`.

@@ -152,7 +152,7 @@ def plain(
     KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr, BNHD: gl.constexpr, RIGHT: gl.constexpr,
     STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
 ):  # fmt: skip
-    """out, lse and top, as `attention.forward` makes them; J a multiple of BN.
+    """out, lse and top, as `attention.forward` makes them (inverse and exact stay unwritten); J a multiple of BN.
 
     k, v: descriptors of (b, hk, J, D), which load a block of one head.
     KB, KH, VB, VH: 1, or 0 where all items or heads have the same keys or values.

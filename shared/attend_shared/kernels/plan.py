@@ -24,7 +24,7 @@ Strides = tuple[int, ...]
 
 
 class Output(NamedTuple):
-    """An array that a launch writes whole.
+    """An array that a launch writes: whole, but for `listed`, of which nobody reads the rest.
 
     Attributes:
         name: in the dictionary of arrays.
@@ -167,7 +167,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("split", 4, 128): Tile(32, 32, 4, 2),
     ("split", 4, 256): Tile(16, 16, 4, 2),
 }
-PLAIN = Tile(128, 128, 4, 2)  # of hopper.plain: of each of its groups of warps, and of keys and values alike
+PLAIN = Tile(128, 128, 4, 2)  # of hopper.plain: queries of a program, warps of each group, stages of keys and of values
 MANY_KEYS = 2048  # from which on it is faster: there is one program of it a multiprocessor, whose start nothing hides
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
@@ -291,7 +291,7 @@ class Ahead(NamedTuple):
         ranged: whether segments bound what is visited.
         searched: whether keys whose segment no query has are looked for.
         listed: whether only listed blocks of keys are visited.
-        packed: whether keys are, those that an item has, as if there were no others.
+        packed: whether only the keys that an item has are gone over, as if there were no others.
     """
 
     group: int
@@ -477,7 +477,7 @@ class _Shared:
 
     @property
     def lists(self) -> tuple[str | None, ...]:
-        """What says which blocks of keys are visited."""
+        """What says which blocks of keys, or which keys, are visited."""
         listed = ("listed", "before") if self.ahead.listed or self.ahead.packed else (None, None)
         return *listed, "bounds" if self.ahead.ranged else None
 
