@@ -37,8 +37,7 @@ def look(table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name:
         return call._replace(runs=runs.PACKED), None  # nothing is launched
     if not runs.reaches(table(), call, name):
         return call, None
-    ids = [x for x in (arrays.q_segment_ids, arrays.kv_segment_ids) if x is not None]
-    ids = ids[:1] if ids[0] is ids[-1] else ids
+    ids = runs.ids_of(arrays)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in ids):
         return call._replace(runs=runs.NOT_LOOKED), None
     if call.names is None:

@@ -35,8 +35,7 @@ def look(
         return call._replace(runs=runs.PACKED), None  # nothing is launched
     if not runs.reaches(table(), call, name):
         return call, None
-    ids = [x for x in (arrays.q_segment_ids, arrays.kv_segment_ids) if x is not None]
-    ids = ids[:1] if ids[0] is ids[-1] else ids
+    ids = runs.ids_of(arrays)
     state = _closed(call, arrays, ids)
     if state:
         return call._replace(runs=state), None

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attend_shared.call import Call
+from attend_shared.call import Arrays, Call
 from attend_shared.choice import Entry, refusal
 
 PACKED = "packed"
@@ -63,6 +63,16 @@ def reaches(table: Iterable[Entry], call: Call, name: str) -> bool:
         if entry is not None and refusal(entry, call) is None:
             return False
     return False
+
+
+def ids_of(arrays: Arrays) -> list[Any]:
+    """The arrays of segment ids of a call: two, or one where q and k have the same.
+
+    Args:
+        arrays: with segment ids.
+    """
+    ids = [x for x in (arrays.q_segment_ids, arrays.kv_segment_ids) if x is not None]
+    return ids[:1] if ids[0] is ids[-1] else ids
 
 
 def starts(ids: np.ndarray) -> np.ndarray | None:
