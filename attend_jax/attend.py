@@ -20,6 +20,7 @@ from attend_shared import choice, devices
 from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.choice import Explanation, Implementation
 from attend_shared.merging import check_merge, merge_parts
+from attend_shared.runs import settled, told
 
 Array = jax.Array | np.ndarray
 
@@ -153,21 +154,14 @@ def run(arrays: Arrays, *options: Any) -> Any:
         call, captured = lift(call)
     arrays = _canonical(call, arrays)
     if call.runs:
-        call, arrays = _settled(call, arrays, name, starts)
+        call, arrays = settled(call, arrays, name == PACKING, starts)
     out, lse = _compute(call, name, arrays, captured)
     return (out, lse) if call.return_lse else out
 
 
 def looked(call: Call, arrays: Arrays) -> tuple[Call, Any]:
-    """`runs.look` for the one implementation that takes packed sequences."""
-    return runs.look(lambda: table(call), call, arrays, PACKING)
-
-
-def _settled(call: Call, arrays: Arrays, name: str, starts: Any) -> tuple[Call, Arrays]:
-    """What runs are is for the implementation that takes them; the others see ids, and the call as it was."""
-    if name != PACKING:
-        return call._replace(runs=""), arrays
-    return call, arrays if starts is None else arrays._replace(q_segment_ids=starts, kv_segment_ids=starts)
+    """What is known of segment ids, for the one implementation that takes packed sequences."""
+    return told(runs.tell, table, call, arrays, PACKING)
 
 
 def _canonical(call: Call, arrays: Arrays) -> Arrays:

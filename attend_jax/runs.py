@@ -8,7 +8,7 @@ of ids that are made in a jit it is known there.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -18,32 +18,26 @@ import numpy as np
 from attend_jax.arrays import to_int32
 from attend_shared import runs
 from attend_shared.call import Arrays, Call
-from attend_shared.choice import Entry
 
 _KNOWN: dict[Hashable, runs.Known] = {}
 _TRACED = runs.Known(lambda: False, runs.TRACED, None)
 
 
-def look(table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name: str) -> tuple[Call, Any]:
-    """The call with what its ids are, and where runs start: int32, or None. Behind the last of them are empty ones.
+def tell(call: Call, arrays: Arrays, ids: list[Any]) -> tuple[str, Any]:
+    """What the ids of a call are, and where runs start: int32, or None, for `attend_shared.runs.told`. Behind the last
+    run are empty ones.
 
     Args:
-        table: gives the implementations in order of preference.
         call: with segments.
         arrays: as the caller passed them.
-        name: the implementation that takes packed sequences.
+        ids: one or two arrays of them.
     """
-    if call.is_empty:
-        return call._replace(runs=runs.PACKED), None  # nothing is launched
-    if not runs.reaches(table(), call, name):
-        return call, None
-    ids = runs.ids_of(arrays)
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in ids):
-        return call._replace(runs=runs.NOT_LOOKED), None
+        return runs.NOT_LOOKED, None
     if call.names is None:
-        return call._replace(runs=runs.UNCERTAIN), None
+        return runs.UNCERTAIN, None
     known = _known(ids)
-    return call._replace(runs=known.state), known.starts
+    return known.state, known.starts
 
 
 def _known(ids: list[Any]) -> runs.Known:

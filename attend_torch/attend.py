@@ -11,6 +11,7 @@ from attend_shared import avoid, choice, devices
 from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.choice import Explanation, Implementation
 from attend_shared.merging import check_merge, merge_parts
+from attend_shared.runs import settled, told
 from attend_torch import runs
 from attend_torch.arrays import FRAMEWORK, device_type, signed
 from attend_torch.implementations import PACKING, table
@@ -150,7 +151,7 @@ def run(arrays: Arrays, *options: Any) -> Any:
     call, starts = looked(call, arrays) if call.segments else (call, None)
     chosen = choice.choose(table(None if call.names else call), call)
     if call.runs:
-        call, arrays = _settled(call, arrays, chosen.name, starts)
+        call, arrays = settled(call, arrays, chosen.name == PACKING, starts)
     out, lse = chosen.module.attend(call, _canonical(call, arrays))
     if call.layout == "bnhd":
         out = out.transpose(1, 2)
@@ -158,15 +159,8 @@ def run(arrays: Arrays, *options: Any) -> Any:
 
 
 def looked(call: Call, arrays: Arrays) -> tuple[Call, torch.Tensor | None]:
-    """`runs.look` for the one implementation that takes packed sequences."""
-    return runs.look(lambda: table(call), call, arrays, PACKING)
-
-
-def _settled(call: Call, arrays: Arrays, name: str, starts: torch.Tensor | None) -> tuple[Call, Arrays]:
-    """What runs are is for the implementation that takes them; the others see ids, and the call as it was."""
-    if name != PACKING:
-        return call._replace(runs=""), arrays
-    return call, arrays if starts is None else arrays._replace(q_segment_ids=starts, kv_segment_ids=starts)
+    """What is known of segment ids, for the one implementation that takes packed sequences."""
+    return told(runs.tell, table, call, arrays, PACKING)
 
 
 def _canonical(call: Call, arrays: Arrays) -> Arrays:

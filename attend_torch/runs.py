@@ -6,43 +6,34 @@ remembered by its storage, place, strides and version, which views share and wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from attend_shared import runs
 from attend_shared.call import Arrays, Call
-from attend_shared.choice import Entry
 from attend_torch.arrays import is_traced, is_watched
 
 _KNOWN: dict[Hashable, runs.Known] = {}
 _UNREAD, _FEW = (runs.Known(lambda: False, state, None) for state in (runs.UNREAD, runs.FEW))
 
 
-def look(
-    table: Callable[[], Iterable[Entry]], call: Call, arrays: Arrays, name: str
-) -> tuple[Call, torch.Tensor | None]:
-    """The call with what its ids are, and where runs start: int32 (runs + 1,), or None.
+def tell(call: Call, arrays: Arrays, ids: list[torch.Tensor]) -> tuple[str, torch.Tensor | None]:
+    """What the ids of a call are, and where runs start: int32 (runs + 1,), or None, for `attend_shared.runs.told`.
 
     Args:
-        table: gives the implementations in order of preference.
         call: with segments.
-        arrays: as the caller passed them: a tensor that the door converts would be another one on every call.
-        name: the implementation that takes packed sequences.
+        arrays: as the caller passed them.
+        ids: one or two tensors of them.
     """
-    if call.is_empty:
-        return call._replace(runs=runs.PACKED), None  # nothing is launched
-    if not runs.reaches(table(), call, name):
-        return call, None
-    ids = runs.ids_of(arrays)
     state = _closed(call, arrays, ids)
     if state:
-        return call._replace(runs=state), None
+        return state, None
     known = _known(call, ids)
     if known.starts is not None:
         _follow(known.starts)
-    return call._replace(runs=known.state), known.starts
+    return known.state, known.starts
 
 
 def _closed(call: Call, arrays: Arrays, ids: list[torch.Tensor]) -> str:

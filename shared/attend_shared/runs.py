@@ -65,14 +65,40 @@ def reaches(table: Iterable[Entry], call: Call, name: str) -> bool:
     return False
 
 
-def ids_of(arrays: Arrays) -> list[Any]:
-    """The arrays of segment ids of a call: two, or one where q and k have the same.
+def told(
+    tell: Callable[[Call, Arrays, list[Any]], tuple[str, Any]], table: Callable[[Call], Iterable[Entry]], call: Call,
+    arrays: Arrays, name: str,
+) -> tuple[Call, Any]:  # fmt: skip
+    """The call with what its ids are, and the framework's array of where runs start, or None.
 
     Args:
-        arrays: with segment ids.
+        tell: the framework's: what is known of the ids of a call, as `Call.runs` says it, and the starts. The last
+            argument is the arrays of ids: two, or one where q and k have the same.
+        table: gives the implementations in order of preference.
+        call: with segments.
+        arrays: as the caller passed them: an array that the door converts would be another one on every call.
+        name: the implementation that takes packed sequences.
     """
+    if call.is_empty:
+        return call._replace(runs=PACKED), None  # nothing is launched
+    if not reaches(table(call), call, name):
+        return call, None
     ids = [x for x in (arrays.q_segment_ids, arrays.kv_segment_ids) if x is not None]
-    return ids[:1] if ids[0] is ids[-1] else ids
+    state, starts = tell(call, arrays, ids[:1] if ids[0] is ids[-1] else ids)
+    return call._replace(runs=state), starts
+
+
+def settled(call: Call, arrays: Arrays, takes: bool, starts: Any) -> tuple[Call, Arrays]:
+    """What an implementation gets: one that takes runs their starts for ids, the others ids, and the call as it was.
+
+    Args:
+        call, starts: by `told`.
+        arrays: of the call.
+        takes: whether it takes them.
+    """
+    if not takes:
+        return call._replace(runs=NOT_LOOKED), arrays
+    return call, arrays if starts is None else arrays._replace(q_segment_ids=starts, kv_segment_ids=starts)
 
 
 def starts(ids: np.ndarray) -> np.ndarray | None:
