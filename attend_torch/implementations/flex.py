@@ -606,6 +606,7 @@ def _known(plan: Plan, data: Data) -> tuple[Tensor, ...] | None:
     only = call._replace(
         dtype="", b=1, h=1, hk=1, d=1, dv=1, layout="", bias=None, bias_dtype=None, offset="", sinks=None,
         softcap=None, scale=1.0, return_lse=False, bias_gradient=False, biased_gradient=False,
+        gradient=False,
     )  # fmt: skip
     return _by_position(only, offset, data.arrays.q.device)
 

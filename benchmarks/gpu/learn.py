@@ -1,8 +1,9 @@
 """The orders of implementations that a run teaches: `python -m benchmarks.gpu.learn FILE` writes them down.
 
 They go to attend_shared/measured.py. For each framework and rule (`attend_shared.devices.RULES`), over the workloads
-under that rule: for each implementation, the geometric mean of its time by that of our fastest one there, forward, and
-forward + backward. The order is by these means.
+under that rule: for each implementation, the geometric mean of its time by that of our fastest one there. The order is
+these means: in torch one of forward, for calls without gradients, and one of forward + backward; in JAX, where no call
+can know which it is, one of both.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -136,13 +137,27 @@ def measured(results: Results, framework: str) -> dict[str, dict[str, dict[str, 
     return found
 
 
-def orders(results: Results, framework: str) -> dict[str, tuple[str, ...]]:
-    """By rule, the fastest in the mean first."""
+Orders = dict[str, dict[str, tuple[str, ...]]]  # by rule and mode
+
+
+def _counting(framework: str, mode: str, loads: Iterable[Iterable[str]]) -> tuple[str, ...]:
+    """The modes by which calls in this mode are ordered, under a rule with workloads in such modes."""
+    return (mode,) if framework == "torch" and any(mode in modes for modes in loads) else MODES
+
+
+def orders(results: Results, framework: str) -> Orders:
+    """The fastest in the mean first."""
+    by_mode = {mode: _orders(results, framework, mode) for mode in MODES}
+    return {each: {mode: by_mode[mode][each] for mode in MODES} for each in by_mode[MODES[0]]}
+
+
+def _orders(results: Results, framework: str, mode: str) -> dict[str, tuple[str, ...]]:
     found = {}
     for each, loads in measured(results, framework).items():
         logs: dict[str, list[float]] = {}
+        counting = _counting(framework, mode, loads.values())
         for modes in loads.values():
-            for times in modes.values():
+            for times in (modes[it] for it in counting if it in modes):
                 best = min(times.values())
                 for name, value in times.items():
                     logs.setdefault(name, []).append(math.log(value / best))
@@ -154,12 +169,12 @@ def orders(results: Results, framework: str) -> dict[str, tuple[str, ...]]:
     return {each.name: found[each.name] for each in RULES if each.name in found}
 
 
-def losses(results: Results, framework: str, by_rule: dict[str, tuple[str, ...]]) -> Iterator[Loss]:
+def losses(results: Results, framework: str, by_rule: Orders) -> Iterator[Loss]:
     """What each measured workload loses by the order of its rule; 0 where it takes the fastest."""
     for each, loads in measured(results, framework).items():
         for name, modes in loads.items():
             for mode, times in modes.items():
-                taken = next((it for it in by_rule.get(each, ()) if it in times), None)
+                taken = next((it for it in by_rule.get(each, {}).get(mode, ()) if it in times), None)
                 if taken is None:
                     continue
                 best = min(times, key=lambda it: times[it])
@@ -173,19 +188,22 @@ def losses(results: Results, framework: str, by_rule: dict[str, tuple[str, ...]]
                 yield Loss(framework, each, name, mode, taken, best, ratio.value - 1, allowed)
 
 
-def behind(results: Results, framework: str, by_rule: dict[str, tuple[str, ...]]) -> Iterator[Loss]:
-    """The same over both directions of a workload at once, by the geometric mean: a call cannot know which it is in."""
-    found: dict[tuple[str, str], list[Loss]] = {}
+def behind(results: Results, framework: str, by_rule: Orders) -> Iterator[Loss]:
+    """The same by what an order is learnt from: in JAX both directions of a workload at once, by the geometric mean."""
+    found: dict[tuple[str, str, tuple[str, ...]], list[Loss]] = {}
     for loss in losses(results, framework, by_rule):
-        found.setdefault((loss.rule, loss.name), []).append(loss)
-    for (each, name), parts in found.items():
-        modes = measured(results, framework)[each][name]
-        everywhere = [it for it in by_rule[each] if all(it in times for times in modes.values())]
-        if parts and everywhere:
+        loads = measured(results, framework)[loss.rule]
+        counting = tuple(it for it in _counting(framework, loss.mode, loads.values()) if it in loads[loss.name])
+        found.setdefault((loss.rule, loss.name, counting), []).append(loss)
+    for (each, name, counting), parts in found.items():
+        modes = {mode: times for mode, times in measured(results, framework)[each][name].items() if mode in counting}
+        everywhere = [it for it in by_rule[each][parts[0].mode] if all(it in times for times in modes.values())]
+        if everywhere:
             means = {it: math.prod(times[it] for times in modes.values()) ** (1 / len(modes)) for it in everywhere}
             best, allowed = min(means, key=lambda it: means[it]), max(part.allowed for part in parts)
             taken = everywhere[0]
-            yield Loss(framework, each, name, "mean", taken, best, means[taken] / means[best] - 1, allowed)
+            mode = counting[0] if len(counting) == 1 else "mean"
+            yield Loss(framework, each, name, mode, taken, best, means[taken] / means[best] - 1, allowed)
 
 
 def source(results: Results) -> str:
@@ -206,13 +224,16 @@ def source(results: Results) -> str:
         lines.append(f'            "{framework}": {{')
         known = measured(results, framework)
         learnt = orders(results, framework)
-        for each, names in {**EXPECTED[framework], **learnt}.items():
+        for each in {**EXPECTED[framework], **learnt}:
             if each not in learnt:
-                lines.append(f'                "{each}": Order({_tuple(names)}, {{}}),')
+                names = EXPECTED[framework][each]
+                lines.append(f'                "{each}": Order({_tuple(names)}, {_tuple(names)}, {{}}),')
                 continue
+            names = learnt[each]["both"]
             lines += [
                 f'                "{each}": Order(',
                 f"                    {_tuple(names)},",
+                f"                    {_tuple(learnt[each]['forward'])},",
                 "                    {",
             ]
             for load, modes in known[each].items():
@@ -240,8 +261,8 @@ def main(file: Path) -> None:
     TARGET.write_text(source(results))
     for framework in FRAMEWORKS:
         by_rule = orders(results, framework)
-        for each, names in by_rule.items():
-            print(f"{framework}: {each}: {', '.join(names)}")
+        for each, by_mode in by_rule.items():
+            print(f"{framework}: {each}: {', '.join(by_mode['both'])}; forward {', '.join(by_mode['forward'])}")
         for loss in losses(results, framework, by_rule):
             if loss.slower_by > loss.allowed:
                 late = f"{100 * loss.slower_by:+.0f} % against {loss.best} ({100 * loss.allowed:.0f} % allowed)"

@@ -205,7 +205,7 @@ def aims(results: Results) -> list[Aim]:
         least("triton against FA4", workloads.SINKS.name, mode, ("torch", "FA4"), triton, 0.85)
     found += _decoding(results)
     found += _overheads(results)
-    found += _across(results, "triton", 1.05)
+    found += _across(results, 1.05)
     for framework in FRAMEWORKS:
         found += _choices(results, framework)
     return found
@@ -242,20 +242,20 @@ def _overheads(results: Results) -> list[Aim]:
     return found
 
 
-def _across(results: Results, name: str, most: float) -> list[Aim]:
-    """One implementation in both frameworks, where both were measured with the same sources."""
-    entry, ratios = f"{CHOICE} {name}", {}
+def _across(results: Results, most: float) -> list[Aim]:
+    """`triton` in both frameworks, on rows that lie alike, where both were measured with the same sources."""
+    of, ratios = {"torch": workloads.TURNED, "jax": f"{CHOICE} triton"}, {}
     for load in results.names():
         for mode in MODES:
-            ratio = results.ratio(load, mode, ("jax", entry), ("torch", entry))
-            both = [results.records[framework, load, entry, mode]["session"] for framework in FRAMEWORKS if ratio]
+            ratio = results.ratio(load, mode, ("jax", of["jax"]), ("torch", of["torch"]))
+            both = [results.records[its, load, of[its], mode]["session"] for its in FRAMEWORKS if ratio]
             sources = {
                 results.run["sessions"][session]["sources"].get(framework)
                 for session, framework in zip(both, FRAMEWORKS, strict=False)
             }
             if ratio and len(sources) == 1:
                 ratios[load, mode] = ratio.value
-    what = f"{name} in JAX against torch"
+    what = "triton in JAX against torch, rows (b, n, h, d) in both"
     if not ratios:
         return [Aim(what, f"at most {most:g}x its time, everywhere", "not told", None)]
     late = {key: value for key, value in ratios.items() if value > most}
@@ -343,7 +343,7 @@ def verdicts(results: Results) -> list[Table]:
 
 def columns(results: Results, framework: str) -> list[str]:
     """The entries of which anything ran, ours first."""
-    order = (CHOICE, *(f"{CHOICE} {name}" for name in OURS[framework]), *PEERS[framework])
+    order = (CHOICE, *(f"{CHOICE} {name}" for name in OURS[framework]), workloads.TURNED, *PEERS[framework])
     ran = {entry for (its, _, entry, _), each in results.records.items() if its == framework and each["runs"]}
     return [entry for entry in order if entry in ran]
 

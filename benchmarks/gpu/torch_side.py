@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.checking import Unsupported, allowed, compared, refuse, sliced
-from benchmarks.gpu.workloads import CHOICE, SEED, Workload, cumulative, options, own, structure
+from benchmarks.gpu.workloads import CHOICE, SEED, TURNED, Workload, cumulative, options, own, structure
 
 Tensor = torch.Tensor
 CYCLES = 2.0e9  # a second of torch.cuda._sleep, at the most
@@ -114,7 +114,10 @@ def prepare(entry: str, load: Workload, inputs: Data) -> Prepared:
     layout, chosen = "bhnd", None
     around: Callable[[], Any] = contextlib.nullcontext
     if entry == CHOICE or own(entry):
-        function, chosen = _ours(own(entry), load, inputs)
+        function, chosen = _ours(own(entry), load, inputs, layout)
+    elif entry == TURNED:
+        layout = "bnhd"
+        function, chosen = _ours("triton", load, inputs, layout)
     elif entry.startswith("SDPA"):
         function, around = _sdpa(entry.removeprefix("SDPA").strip(), load, inputs)
     elif entry == "FlexAttention":
@@ -140,17 +143,18 @@ def prepare(entry: str, load: Workload, inputs: Data) -> Prepared:
     return Prepared(call, chosen, layout)
 
 
-def _ours(name: str | None, load: Workload, inputs: Data) -> tuple[Callable[..., Any], str]:
+def _ours(name: str | None, load: Workload, inputs: Data, layout: str) -> tuple[Callable[..., Any], str]:
     import attend_torch
     import attend_torch.convert
 
-    asked: dict[str, Any] = {**options(load), **inputs.given, "implementation": name}
+    asked: dict[str, Any] = {**options(load), **inputs.given, "implementation": name, "layout": layout}
+    first = (inputs.sets if layout == "bhnd" else inputs.turned)[0]
     if load.documents and load.b == 1 and name in (None, "fa4"):  # once for all calls, as for all layers of a model
-        bounds = torch.from_numpy(cumulative(load)).to(inputs.sets[0]["q"].device)
+        bounds = torch.from_numpy(cumulative(load)).to(first["q"].device)
         asked["q_segment_ids"] = attend_torch.convert.segments_from_cu_seqlens(bounds, load.j)
     if load.dropout:
-        asked["dropout_seed"] = torch.tensor([SEED, 0], dtype=torch.uint32, device=inputs.sets[0]["q"].device)
-    arrays = {key: x for key, x in inputs.sets[0].items() if key != "cotangent"}
+        asked["dropout_seed"] = torch.tensor([SEED, 0], dtype=torch.uint32, device=first["q"].device)
+    arrays = {key: x for key, x in first.items() if key != "cotangent"}
     explanation = attend_torch.explain(**arrays, **asked)
     if explanation.chosen is None:
         raise Unsupported(dict(explanation.rows).get(str(name)) or f"attend_torch has no {name}")

@@ -157,14 +157,15 @@ OURS = {
     "torch": ("triton", "fa4", "sdpa", "flex", "blockwise", "einsum"),
     "jax": ("triton", "fa4", "fa3", "cudnn", "blockwise", "xla", "einsum"),
 }
+TURNED = "attend triton (b n h d)"  # in torch, with rows that lie as they do in JAX
 REFERENCE = "reference"  # what all are compared with; it is compiled like an entry
 TIME_IS_UP = "the time of this run was up"
 MODES = ("forward", "both")  # "both" is forward + backward
 
 
 def own(entry: str) -> str | None:
-    """The implementation that an entry names, or None."""
-    return entry.removeprefix(f"{CHOICE} ") if entry.startswith(f"{CHOICE} ") else None
+    """The implementation that an entry names, or None; so too for TURNED, which is no choice of its own."""
+    return entry.removeprefix(f"{CHOICE} ") if entry.startswith(f"{CHOICE} ") and entry != TURNED else None
 
 
 ONLY: dict[str, tuple[Workload, ...]] = {
@@ -191,7 +192,8 @@ ONLY: dict[str, tuple[Workload, ...]] = {
 
 def entries(framework: str, load: Workload) -> tuple[str, ...]:
     """Who is asked to compute it: the choice, our implementations, the peers."""
-    everyone = (CHOICE, *(f"{CHOICE} {name}" for name in OURS[framework]), *PEERS[framework])
+    turned = (TURNED,) if framework == "torch" else ()
+    everyone = (CHOICE, *(f"{CHOICE} {name}" for name in OURS[framework]), *turned, *PEERS[framework])
     return tuple(entry for entry in everyone if entry not in ONLY or load in ONLY[entry] or load in TRY_OUT)
 
 

@@ -72,6 +72,7 @@ class Call(NamedTuple):
         return_lse: whether lse is wanted.
         bias_gradient: whether there is a bias of which a gradient may be asked.
         biased_gradient: whether there is a bias, and a gradient may be asked of q, k or v.
+        gradient: whether a gradient may be asked of any array.
         flash: None, or True where an array of q_len x kv_len is not allowed.
         names: the implementations that were asked for, or None for a choice.
         custom: whether there is a score_fn or a mask_fn.
@@ -109,6 +110,7 @@ class Call(NamedTuple):
     return_lse: bool
     bias_gradient: bool
     biased_gradient: bool
+    gradient: bool
     flash: bool | None
     names: tuple[str, ...] | None
     custom: bool = False
@@ -289,12 +291,13 @@ def check(
     if extras or not (framework.device(k) == framework.device(v) == home):
         _same_device(framework, arrays, home)
 
+    wanted = framework.wants_gradient
+    of_qkv, of_bias = wanted(q) or wanted(k) or wanted(v), bias is not None and wanted(arrays.bias)
     return _new(Call, (
         framework.name, framework.platform(q), dtype, b, h, hk, i, j, d, dv, layout, mask, bias, bias_dtype,
         left, right, offset if left is not None or right is not None else "zero", segments,
         q_lengths is not None, kv_lengths is not None, sinks_dtype, softcap, scale, dropout, bool(return_lse),
-        bias is not None and framework.wants_gradient(arrays.bias),
-        bias is not None and any(map(framework.wants_gradient, (q, k, v))),
+        of_bias, bias is not None and of_qkv, of_qkv or of_bias or (sinks is not None and wanted(sinks)),
         flash or None, names, custom, score_fn, mask_fn, q_lengths is not None and q_lengths is kv_lengths, "",
     ))  # fmt: skip
 

@@ -73,6 +73,8 @@ def rule(call: Call) -> Rule:
 def order(call: Call, capability: str) -> tuple[str, ...] | None:
     """The implementations that were measured for such calls on such a device, the fastest first; None if none were.
 
+    In torch, where a call knows whether a gradient may be asked of it, forward alone counts where none may.
+
     Args:
         call: it runs on a GPU.
         capability: the compute capability of that GPU, such as "9.0".
@@ -81,7 +83,7 @@ def order(call: Call, capability: str) -> tuple[str, ...] | None:
     if device is None or call.custom or call.dtype == "float64":
         return None
     found = device.orders[call.framework].get(rule(call).name)
-    return found and found.names
+    return found and (found.names if call.gradient else found.forward)
 
 
 def ordered(first: Iterable[str] | None, safe: Iterable[Entry], entries: Mapping[str, Entry]) -> Iterable[Entry]:
@@ -124,7 +126,8 @@ def explained(explanation: Explanation, table: Iterable[Entry], call: Call, capa
     found = device.orders[call.framework][it.name]
     versions = ", ".join(f"{name} {version}" for name, version in device.versions[call.framework].items())
     known = f"from {device.name}, {device.date}, {versions}" if found.times else "as expected: not measured yet"
-    lines = [f"order: {', '.join(names)}, the rule for {it.name}, {known}"]
+    alone = "" if call.gradient else " without gradients"
+    lines = [f"order: {', '.join(names)}, the rule for {it.name}{alone}, {known}"]
     for entry in table:
         if entry.name == explanation.chosen:
             break

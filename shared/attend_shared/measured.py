@@ -29,6 +29,7 @@ DEVICES = {
             "torch": {
                 "float32": Order(
                     ("triton", "einsum", "blockwise"),
+                    ("triton", "einsum", "blockwise"),
                     {
                         "causal 1x16x4096x64 float32": {
                             "triton": (3.506, 15.9),
@@ -38,6 +39,7 @@ DEVICES = {
                     },
                 ),
                 "few queries": Order(
+                    ("triton", "fa4", "sdpa", "flex"),
                     ("triton", "fa4", "sdpa", "flex"),
                     {
                         "decoding 8x32/8x1:32768x128": {
@@ -54,16 +56,18 @@ DEVICES = {
                     },
                 ),
                 "a mask that is no key mask": Order(
+                    ("sdpa", "triton", "flex"),
                     ("triton", "sdpa", "flex"),
                     {
                         "mask (i, j) 4x16x4096x64": {
-                            "triton": (0.9528, 3.731),
                             "sdpa": (1.06, 3.699),
+                            "triton": (0.9528, 3.731),
                             "flex": (1.111, 4.609),
                         },
                     },
                 ),
                 "a key mask": Order(
+                    ("triton", "sdpa"),
                     ("triton", "sdpa"),
                     {
                         "key mask with holes 4x16x4096x64": {
@@ -82,6 +86,7 @@ DEVICES = {
                 ),
                 "lengths": Order(
                     ("triton", "sdpa"),
+                    ("triton", "sdpa"),
                     {
                         "key lengths, causal 4x16x4096x64": {
                             "triton": (0.255, 1.006),
@@ -90,6 +95,7 @@ DEVICES = {
                     },
                 ),
                 "sinks": Order(
+                    ("fa4", "triton", "flex"),
                     ("fa4", "triton", "flex"),
                     {
                         "sinks, causal 4x16x4096x64": {
@@ -101,6 +107,7 @@ DEVICES = {
                 ),
                 "lse": Order(
                     ("fa4", "triton"),
+                    ("fa4", "triton"),
                     {
                         "with lse, causal 4x16x4096x128": {
                             "fa4": (0.4297, 1.689),
@@ -109,17 +116,19 @@ DEVICES = {
                     },
                 ),
                 "an offset": Order(
+                    ("triton", "flex", "sdpa", "fa4"),
                     ("triton", "flex", "fa4", "sdpa"),
                     {
                         "causal 1x32/8x512:8192x128": {
                             "triton": (0.1028, 0.5371),
                             "flex": (0.2195, 0.7968),
-                            "fa4": (0.2596, 0.9619),
                             "sdpa": (0.2696, 0.9391),
+                            "fa4": (0.2596, 0.9619),
                         },
                     },
                 ),
                 "short sequences": Order(
+                    ("sdpa", "triton", "fa4", "flex"),
                     ("sdpa", "triton", "fa4", "flex"),
                     {
                         "full 8x16x512x64": {
@@ -142,6 +151,7 @@ DEVICES = {
                 ),
                 "larger head sizes": Order(
                     ("sdpa", "fa4", "triton"),
+                    ("fa4", "sdpa", "triton"),
                     {
                         "causal 4x16x4096x256": {
                             "sdpa": (0.8486, 4.483),
@@ -151,6 +161,7 @@ DEVICES = {
                     },
                 ),
                 "dropout": Order(
+                    ("triton",),
                     ("triton",),
                     {
                         "dropout 0.1, causal 4x16x4096x64": {
@@ -162,6 +173,7 @@ DEVICES = {
                     },
                 ),
                 "a bias": Order(
+                    ("triton",),
                     ("triton",),
                     {
                         "trained bias (1, 16, 2048, 2048) 4x16x2048x64": {
@@ -177,6 +189,7 @@ DEVICES = {
                 ),
                 "segment ids": Order(
                     ("triton", "fa4", "sdpa"),
+                    ("triton", "fa4", "sdpa"),
                     {
                         "8 documents, causal 1x16x16384x128": {
                             "triton": (0.3355, 1.397),
@@ -186,6 +199,7 @@ DEVICES = {
                     },
                 ),
                 "a softcap": Order(
+                    ("triton", "fa4", "flex"),
                     ("triton", "fa4", "flex"),
                     {
                         "softcap 30.0, causal 4x16x4096x128": {
@@ -201,6 +215,7 @@ DEVICES = {
                 ),
                 "a window": Order(
                     ("fa4", "triton", "flex", "sdpa"),
+                    ("fa4", "triton", "flex", "sdpa"),
                     {
                         "window 1024, causal 1x16x16384x128": {
                             "fa4": (0.2537, 1.027),
@@ -212,6 +227,7 @@ DEVICES = {
                 ),
                 "a key mask, causal": Order(
                     ("triton", "sdpa"),
+                    ("triton", "sdpa"),
                     {
                         "padded keys, causal 4x16x4096x64": {
                             "triton": (0.2907, 1.038),
@@ -221,6 +237,7 @@ DEVICES = {
                 ),
                 "very short sequences": Order(
                     ("triton", "sdpa", "fa4"),
+                    ("sdpa", "triton", "fa4"),
                     {
                         "full 512x12x128x64": {
                             "triton": (0.1395, 0.6275),
@@ -230,6 +247,7 @@ DEVICES = {
                     },
                 ),
                 "head sizes up to 64": Order(
+                    ("fa4", "sdpa", "triton", "flex"),
                     ("fa4", "sdpa", "triton", "flex"),
                     {
                         "causal 4x16x4096x64": {
@@ -246,6 +264,7 @@ DEVICES = {
                     },
                 ),
                 "head sizes up to 128": Order(
+                    ("fa4", "sdpa", "triton", "flex"),
                     ("fa4", "sdpa", "triton", "flex"),
                     {
                         "causal 4x16x4096x128": {
@@ -281,6 +300,7 @@ DEVICES = {
             "jax": {
                 "few queries": Order(
                     ("triton", "fa4", "fa3", "cudnn"),
+                    ("triton", "fa4", "fa3", "cudnn"),
                     {
                         "decoding 8x32/8x1:32768x128": {
                             "triton": (0.3559,),
@@ -290,10 +310,11 @@ DEVICES = {
                         },
                     },
                 ),
-                "a mask that is no key mask": Order(("triton",), {}),
-                "a key mask": Order(("triton",), {}),
-                "lengths": Order(("cudnn", "fa4", "triton"), {}),
+                "a mask that is no key mask": Order(("triton",), ("triton",), {}),
+                "a key mask": Order(("triton",), ("triton",), {}),
+                "lengths": Order(("cudnn", "fa4", "triton"), ("cudnn", "fa4", "triton"), {}),
                 "sinks": Order(
+                    ("triton",),
                     ("triton",),
                     {
                         "sinks, causal 4x16x4096x64": {
@@ -301,9 +322,10 @@ DEVICES = {
                         },
                     },
                 ),
-                "lse": Order(("triton",), {}),
-                "an offset": Order(("fa4", "fa3", "triton"), {}),
+                "lse": Order(("triton",), ("triton",), {}),
+                "an offset": Order(("fa4", "fa3", "triton"), ("fa4", "fa3", "triton"), {}),
                 "a bias": Order(
+                    ("triton",),
                     ("triton",),
                     {
                         "trained bias (1, 16, 2048, 2048) 4x16x2048x64": {
@@ -311,8 +333,9 @@ DEVICES = {
                         },
                     },
                 ),
-                "very short sequences": Order(("fa4", "fa3", "cudnn", "triton"), {}),
+                "very short sequences": Order(("fa4", "fa3", "cudnn", "triton"), ("fa4", "fa3", "cudnn", "triton"), {}),
                 "short sequences": Order(
+                    ("fa4", "fa3", "triton", "cudnn"),
                     ("fa4", "fa3", "triton", "cudnn"),
                     {
                         "full 8x16x512x64": {
@@ -324,6 +347,7 @@ DEVICES = {
                     },
                 ),
                 "head sizes up to 64": Order(
+                    ("fa3", "fa4", "cudnn", "triton"),
                     ("fa3", "fa4", "cudnn", "triton"),
                     {
                         "causal 4x16x4096x64": {
@@ -340,8 +364,9 @@ DEVICES = {
                         },
                     },
                 ),
-                "larger head sizes": Order(("fa4", "fa3", "triton"), {}),
+                "larger head sizes": Order(("fa4", "fa3", "triton"), ("fa4", "fa3", "triton"), {}),
                 "dropout": Order(
+                    ("triton",),
                     ("triton",),
                     {
                         "dropout 0.1, causal 4x16x4096x64": {
@@ -350,6 +375,7 @@ DEVICES = {
                     },
                 ),
                 "segment ids": Order(
+                    ("fa4", "triton"),
                     ("fa4", "triton"),
                     {
                         "8 documents, causal 1x16x16384x128": {
@@ -360,6 +386,7 @@ DEVICES = {
                 ),
                 "a softcap": Order(
                     ("triton",),
+                    ("triton",),
                     {
                         "softcap 30.0, causal 4x16x4096x128": {
                             "triton": (0.7542, 2.88),
@@ -367,6 +394,7 @@ DEVICES = {
                     },
                 ),
                 "a window": Order(
+                    ("fa3", "fa4", "cudnn", "triton"),
                     ("fa3", "fa4", "cudnn", "triton"),
                     {
                         "window 1024, causal 1x16x16384x128": {
@@ -379,6 +407,7 @@ DEVICES = {
                 ),
                 "a key mask, causal": Order(
                     ("triton",),
+                    ("triton",),
                     {
                         "padded keys, causal 4x16x4096x64": {
                             "triton": (0.2949, 1.073),
@@ -386,6 +415,7 @@ DEVICES = {
                     },
                 ),
                 "head sizes up to 128": Order(
+                    ("fa3", "fa4", "cudnn", "triton"),
                     ("fa3", "fa4", "cudnn", "triton"),
                     {
                         "causal 4x16x4096x128": {

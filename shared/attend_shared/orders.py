@@ -9,12 +9,14 @@ class Order(NamedTuple):
     """What a rule says.
 
     Attributes:
-        names: of implementations, the fastest first.
+        names: of implementations, the fastest first, for a call of which a gradient may be asked.
+        forward: the same for one of which none can be.
         times: milliseconds of a call in a row of such calls, by workload and implementation: (forward, forward and
             backward), or (forward,). Empty where the order is what is expected, and nothing was measured.
     """
 
     names: tuple[str, ...]
+    forward: tuple[str, ...]
     times: dict[str, dict[str, tuple[float, ...]]]
 
 
