@@ -26,6 +26,7 @@ PACKAGES = ("attend_torch", "attend_jax")
 ONE_SIDED_FILES = {
     "attend_torch/implementations/sdpa.py": "torch's own attention",
     "attend_torch/implementations/flex.py": "torch's own attention with functions",
+    "attend_torch/tape.py": "a compiled program launches kernels; what a package does before it does is paid in torch",
     "attend_torch/programs.py": "FlexAttention takes functions of single numbers; JAX traces in functions.py",
     "attend_jax/implementations/xla.py": "JAX's own attention",
     "attend_jax/implementations/fa3.py": "a package of FlashAttention-3 as it was released is there for JAX alone",

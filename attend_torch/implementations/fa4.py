@@ -6,8 +6,11 @@ it, for some seconds; lengths are no part of a kernel.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from typing import Any
+from functools import cache, lru_cache
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,19 +19,26 @@ from attend_shared import flash, meaning
 from attend_shared.call import Arrays, Call
 from attend_torch.arrays import hide, indices, is_traced, is_watched, needs_gradients
 from attend_torch.implementations import einsum, rowwise
+from attend_torch.machine import capability
+from attend_torch.tape import Tapes
 
 Tensor = torch.Tensor
 PACKAGE = flash.FLASH_ATTN_4
+FUNCTIONS = "flash_attn.cute.interface"
 MISSING = flash.missing(PACKAGE)  # once: a compiler cannot follow what reads the metadata of packages
 
 
 def unavailable() -> str | None:
     """Why the kernels cannot run here, or None."""
-    if MISSING:
-        return MISSING
-    if not torch.cuda.is_available():
-        return "it needs an NVIDIA GPU"
-    return flash.wrong_device(torch.cuda.get_device_capability())
+    return MISSING or _wrong_device(capability())
+
+
+@cache
+def _wrong_device(found: str) -> str | None:
+    return flash.wrong_device(tuple(map(int, found.split(".")))) if found else "it needs an NVIDIA GPU"
+
+
+_wrong_device._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in attend_torch.attend
 
 
 def refusal(call: Call) -> str | None:
@@ -44,21 +54,48 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
         return einsum.attend(call, arrays)
     if not call.segments:  # where ids are the same in q and k they hide nothing
         arrays = hide(call, arrays)  # a tile of keys is loaded whole, and its weights of 0 do not keep a NaN out
-    lengths = zip(flash.counted(call), (arrays.q_lengths, arrays.kv_lengths), (call.i, call.j), strict=True)
-    q_used, kv_used = (flash.used(x, n).int() if given else None for given, x, n in lengths)
-    size = flash.size(call, PACKAGE)
-    starts = arrays.q_segment_ids  # of runs: what the door makes of ids
-    inputs = (*(_padded(x, size) for x in arrays[:3]), arrays.sinks, q_used, kv_used, starts)
-    options = (*flash.window(call), call.scale, call.softcap, call.layout == "bnhd")
-    if is_traced(arrays.q):  # what looks on takes the operator whole
+    traced = is_traced(arrays.q)
+    size, of_q, of_kv, options = _put(call) if traced else _remembered(call)
+    q, k, v, *_ = arrays
+    if not call.d == call.dv == size:
+        q, k, v = _padded(q, size), _padded(k, size), _padded(v, size)
+    q_used = flash.used(arrays.q_lengths, call.i).int() if of_q else None
+    kv_used = flash.used(arrays.kv_lengths, call.j).int() if of_kv else None
+    inputs = (q, k, v, arrays.sinks, q_used, kv_used, arrays.q_segment_ids)  # starts of runs, by the door
+    if traced:  # what looks on takes the operator whole
         out, lse = torch.ops.attend_torch.fa4(*inputs, *options)
-    elif is_watched() or needs_gradients(arrays):
+    elif is_watched():
         out, lse = _Attend.apply(options, *inputs)
-    else:  # a Function looks its signature up each time it is called
-        out, lse = _forward(inputs, *options)
+    elif needs_gradients(arrays):
+        out, lse = _Eager.apply(options, *inputs)
+    else:
+        out, lse = _forward(inputs, options)
     if size != call.dv:
         out = out[..., : call.dv]
     return _empty(call, arrays, out, lse) if call.q_lengths else (out, lse)
+
+
+class _Put(NamedTuple):
+    """How a call is put to the package.
+
+    Attributes:
+        size: of heads.
+        of_q, of_kv: whether the kernel heeds q_lengths and kv_lengths.
+        options: left and right as the package counts, scale, softcap, and whether the layout is "bnhd".
+    """
+
+    size: int
+    of_q: bool
+    of_kv: bool
+    options: tuple[int | None, int | None, float, float | None, bool]
+
+
+def _put(call: Call) -> _Put:
+    options = (*flash.window(call), call.scale, call.softcap, call.layout == "bnhd")
+    return _Put(flash.size(call, PACKAGE), *flash.counted(call), options)
+
+
+_remembered = lru_cache(maxsize=1024)(_put)
 
 
 def _padded(x: Tensor, size: int) -> Tensor:
@@ -78,99 +115,154 @@ def _empty(call: Call, arrays: Arrays, out: Tensor, lse: Tensor) -> tuple[Tensor
 INPUTS = ("q", "k", "v", "sinks", "q_lengths", "kv_lengths", "starts")
 
 
-class _Attend(torch.autograd.Function):
-    """(options, *inputs) -> out, lse."""
+class _Eager(torch.autograd.Function):
+    """(options, *inputs) -> out, lse. For no transformation: those that serve one cost more with each call."""
 
     @staticmethod
-    def forward(options: tuple, *inputs: Any) -> tuple[Tensor, Tensor]:
-        return _forward(inputs, *options)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        ctx.options = inputs[0]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:], *output)
+    def forward(ctx: Any, options: tuple, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(inputs, options)
+        _keep(ctx, options, inputs, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        dout = torch.zeros_like(ctx.saved_tensors[-2]) if dout is None else dout
-        dq, dk, dv, dsinks = _Gradients.apply(ctx.options, *ctx.saved_tensors, dout, dlse)
-        return None, dq, dk, dv, dsinks if ctx.needs_input_grad[4] else None, None, None, None
+        return _way_back(ctx, dout, dlse)
+
+
+class _Attend(torch.autograd.Function):
+    """The same, for transformations."""
+
+    @staticmethod
+    def forward(options: tuple, *inputs: Any) -> tuple[Tensor, Tensor]:
+        return _forward(inputs, options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        _keep(ctx, inputs[0], inputs[1:], output)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+        return _way_back(ctx, dout, dlse)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
         return rowwise.each_lane(_Attend.apply, info, in_dims, inputs)
 
 
-def _forward(
-    inputs: Sequence[Any], left: int | None, right: int | None, scale: float, softcap: float | None, bnhd: bool
-) -> tuple[Tensor, Tensor]:
-    """out (b h i dv), lying as the caller's q does, and lse (b h i)."""
-    from flash_attn.cute import interface
+def _keep(ctx: Any, options: tuple, inputs: tuple, output: tuple) -> None:
+    ctx.options = options
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
 
+
+def _way_back(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    inputs = ctx.saved_tensors
+    dout = torch.zeros_like(inputs[-2]) if dout is None else dout
+    if torch.is_grad_enabled() or is_watched():
+        dq, dk, dv, dsinks = _Gradients.apply(ctx.options, *inputs, dout, dlse)
+    else:
+        dq, dk, dv, dsinks = _gradients((*inputs, dout, dlse), ctx.options)
+    return None, dq, dk, dv, dsinks if ctx.needs_input_grad[4] else None, None, None, None
+
+
+def _forward(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, Tensor]:
+    """out (b h i dv), lying as the caller's q does, and lse (b h i)."""
     q, k, v, sinks, q_used, kv_used, starts = inputs
+    sinks = None if sinks is None else sinks.detach()
+    laid = (_laid(q, starts), _laid(k, starts), _laid(v, starts), sinks, q_used, kv_used, starts)
+    out, lse = _launched(_FORWARD, _interface()._flash_attn_fwd, laid, options)
+    if starts is None:
+        return out.transpose(1, 2), lse
+    return out.unsqueeze(0).transpose(1, 2) if options[-1] else out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+
+
+def _interface() -> Any:
+    """The package's functions; an import statement would take longer, of a module that is there."""
+    return sys.modules.get(FUNCTIONS) or import_module(FUNCTIONS)
+
+
+def _launched(tapes: Tapes, function: Any, arrays: tuple, options: tuple) -> tuple:
+    """What the package's function gives, by a tape where nothing looks on."""
+    if is_watched() or is_traced(arrays[0]):
+        with torch.cuda.device_of(arrays[0]):
+            return tapes.call(function, arrays, options)
+    return tapes(function, arrays, options)
+
+
+def _called(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor, Tensor]:
+    """out (b i h dv), or (i h dv), and lse (b h i), or (h i)."""
+    q, k, v, sinks, q_used, kv_used, starts = arrays
+    left, right, scale, softcap, bnhd = options
     out = _made(q, v, bnhd)
-    with torch.cuda.device_of(q):
-        lse = interface._flash_attn_fwd(
-            *(_laid(x.detach(), starts) for x in (q, k, v)), cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used,
-            seqused_k=kv_used, softmax_scale=scale, softcap=softcap, window_size_left=left, window_size_right=right,
-            learnable_sink=None if sinks is None else sinks.detach(), return_lse=True, out=_laid(out, starts),
-        )[1]  # fmt: skip
-    return out, lse if starts is None else lse.unsqueeze(0)
+    lse = function(
+        q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used, seqused_k=kv_used, softmax_scale=scale,
+        softcap=softcap, window_size_left=left, window_size_right=right, learnable_sink=sinks, return_lse=True, out=out,
+    )[1]  # fmt: skip
+    return out, lse
+
+
+_FORWARD = Tapes(_called)
 
 
 def _laid(x: Tensor, starts: Tensor | None) -> Tensor:
-    """x (b h n d) as (b n h d), or (n h d) where it goes as packed sequences."""
-    return x.transpose(1, 2) if starts is None else x.squeeze(0).transpose(0, 1)
+    """x (b h n d) as (b n h d), or (n h d) where it goes as packed sequences; without a gradient."""
+    x = x.transpose(1, 2) if starts is None else x.squeeze(0).transpose(0, 1)
+    return x.detach() if x.requires_grad else x
 
 
 def _made(q: Tensor, v: Tensor, bnhd: bool) -> Tensor:
-    """Memory for out (b h i dv), in the caller's layout."""
-    b, h, i, _ = q.shape
-    return q.new_empty(b, i, h, v.shape[3]).transpose(1, 2) if bnhd else q.new_empty(b, h, i, v.shape[3])
+    """Memory for out (b i h dv), or (i h dv), in the caller's layout."""
+    *items, i, h, _ = q.shape
+    size = v.shape[-1]
+    item, step, head = (i * h * size, h * size, size) if bnhd else (h * i * size, size, i * size)
+    return torch.empty_strided((*items, i, h, size), (*(item for _ in items), step, head, 1), dtype=q.dtype,
+                               device=q.device)  # fmt: skip
 
 
-def _gradients(
-    inputs: Sequence[Any], left: int | None, right: int | None, scale: float, softcap: float | None, bnhd: bool
-) -> tuple[Tensor, ...]:
+def _gradients(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
     """dq, dk, dv as q, k, v lie, and dsinks, of shape (0,) where there are none."""
-    from flash_attn.cute import interface
-
     q, k, v, sinks, q_used, kv_used, starts, out, lse, dout, dlse = inputs
     if dlse is not None:  # that of an lse of -inf counts for nothing
         dlse = torch.where(lse == -torch.inf, 0, dlse)
     if starts is not None:
         lse, dlse = lse.squeeze(0), None if dlse is None else dlse.squeeze(0)
-    with torch.cuda.device_of(q):
-        gradients = interface._flash_attn_bwd(
-            *(_laid(x.detach(), starts) for x in (q, k, v, out, dout)), lse, scale, softcap=softcap or 0.0,
-            window_size_left=left, window_size_right=right, cu_seqlens_q=starts, cu_seqlens_k=starts,
-            seqused_q=q_used, seqused_k=kv_used,
-            deterministic=torch.are_deterministic_algorithms_enabled(), dlse=dlse,
-            learnable_sink=None if sinks is None else sinks.detach(),
-        )  # fmt: skip
-    found = gradients[:3] if starts is None else [x.unsqueeze(0) for x in gradients[:3]]
-    dq, dk, dv = (x.transpose(1, 2) for x in found)
-    return dq, dk, dv, q.new_empty(0) if sinks is None else gradients[3]
+    laid = (*(_laid(x, starts) for x in (q, k, v)), None if sinks is None else sinks.detach(), q_used, kv_used, starts,
+            _laid(out, starts), lse.detach(), _laid(dout, starts), dlse)  # fmt: skip
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    found = _launched(_BACKWARD, _interface()._flash_attn_bwd, laid, (*options, deterministic))
+    dq, dk, dv = ((x if starts is None else x.unsqueeze(0)).transpose(1, 2) for x in found[:3])
+    return dq, dk, dv, q.new_empty(0) if sinks is None else found[3]
 
 
-_Gradients = rowwise.first_only("fa4", lambda options, *inputs: _gradients(inputs, *options))
+def _called_back(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v as they lie, and of sinks."""
+    q, k, v, sinks, q_used, kv_used, starts, out, lse, dout, dlse = arrays
+    left, right, scale, softcap, _, deterministic = options
+    return function(
+        q, k, v, out, dout, lse, scale, softcap=softcap or 0.0, window_size_left=left, window_size_right=right,
+        cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used, seqused_k=kv_used, deterministic=deterministic,
+        dlse=dlse, learnable_sink=sinks,
+    )  # fmt: skip
+
+
+_BACKWARD = Tapes(_called_back)
+_Gradients = rowwise.first_only("fa4", lambda options, *inputs: _gradients(inputs, options))
 
 
 # The operators, for compilers: fa4(*inputs, *options), and fa4_gradients(*inputs, out, lse, dout, dlse, *options).
 
 
 def _operator(*given: Any) -> tuple[Tensor, Tensor]:
-    return _forward(given[: len(INPUTS)], *given[len(INPUTS) :])
+    return _forward(given[: len(INPUTS)], given[len(INPUTS) :])
 
 
 def _operator_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    return _made(q, v, given[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _made(q.transpose(1, 2), v, given[-1]).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _operator_gradients(*given: Any) -> tuple[Tensor, ...]:
     behind = len(INPUTS) + 4
-    return _gradients(given[:behind], *given[behind:])
+    return _gradients(given[:behind], given[behind:])
 
 
 def _operator_gradients_fake(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
@@ -178,7 +270,7 @@ def _operator_gradients_fake(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | No
     return *like, q.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
-def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _keep_operator(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = inputs[len(INPUTS) :]
     ctx.save_for_backward(*inputs[: len(INPUTS)], *output)
 
@@ -203,4 +295,4 @@ for _name, _function, _fake in (
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attend_torch::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("attend_torch::fa4", _derive, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd("attend_torch::fa4", _derive, setup_context=_keep_operator, lib=_LIBRARY)

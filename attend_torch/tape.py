@@ -1,0 +1,250 @@
+"""A package's function at the cost of the kernels that it launches.
+
+Between its arguments and its kernels such a function decides which kernels they are and what memory they need, anew in
+each call, for longer than a short call runs. All of that hangs on shapes, strides, dtypes and options. So a call that
+looks like one before it is recorded: which kernels were launched, with which of its arrays, memory and constants in
+which places. Calls that look the same after that launch the same.
+
+Nothing of the package is changed. What is recorded runs in a copy of its functions, which find there, in the place of
+each cache of compiled kernels, one that writes down what is launched. A call that does anything else with an array
+than to make memory is not taken for a list of launches, and is left to the package, as is a function of another form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Tensor = torch.Tensor
+Values = list[Any]
+CACHE = "compile_cache"  # the attribute under which functions of the package keep what they compiled
+KEPT = 4096  # recordings
+NEW, LEFT = "new", "left"  # a call that looks like none before it, and those that are left to the package
+
+_aten = torch.ops.aten
+_MEMORY = {
+    _aten.empty.memory_format: False, _aten.empty_strided.default: False, _aten.empty_like.default: False,
+    _aten.new_empty.default: False, _aten.zeros.default: True, _aten.zeros_like.default: True,
+}  # fmt: skip
+"""What makes memory, and whether it is of zeros."""
+
+
+class Tapes:
+    """Recordings of one function, by what its calls look like.
+
+    Attributes:
+        tapes: for what calls look like `NEW`, `LEFT`, or how they are played: (arrays) -> results.
+    """
+
+    def __init__(self, call: Callable[..., tuple[Tensor | None, ...]]) -> None:
+        """call: (function, arrays, options) -> results, where the function is the package's, or acts as it does."""
+        self.call = call
+        self.tapes: dict[Hashable, Any] = {}
+
+    def __call__(
+        self, function: Any, arrays: Sequence[Tensor | None], options: tuple[Hashable, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """What the call gives.
+
+        Args:
+            function: the package's.
+            arrays: of which none needs a gradient, the first on the device that the call runs on.
+            options: constants, on which the call may hang beside what its arrays look like.
+        """
+        device = arrays[0].get_device()  # type: ignore[union-attr]
+        if device >= 0 and device != _current():
+            with torch.cuda.device(device):
+                return self(function, arrays, options)
+        places = [0 if x is None else x.data_ptr() for x in arrays]
+        looks = [None if x is None else (x.dtype, x.shape, x.stride()) for x in arrays]
+        # Kernels are compiled for alignment; and where arrays are one, it cannot be told which of them was meant.
+        key = (function, device, options, *looks, *[at % 16 for at in places], *map(places.index, places))
+        tape = self.tapes.get(key)
+        if tape is None or tape is LEFT:
+            results = self.call(function, arrays, options)  # which compiles what was not compiled before
+            if tape is None:
+                if len(self.tapes) >= KEPT:
+                    self.tapes.clear()
+                self.tapes[key] = NEW
+            return results
+        if tape is NEW:
+            results, self.tapes[key] = _recorded(self.call, function, arrays, options)
+            return results
+        return tape(arrays)
+
+
+def _recorded(
+    call: Callable[..., tuple], function: Any, arrays: Sequence[Tensor | None], options: tuple
+) -> tuple[tuple, Any]:
+    """What the call gives, and its recording, or `LEFT`, or `NEW` where it compiled."""
+    tape = _Tape(arrays)
+    heard = _heard(function, tape)
+    if heard is None:
+        return call(function, arrays, options), LEFT
+    with tape:
+        results = call(heard, arrays, options)
+    return results, tape.played(results)
+
+
+def _heard(function: Any, tape: _Tape) -> Any:
+    """A copy of the function, and of those of its module that it may call, which tell the tape what they launch."""
+    if not isinstance(function, FunctionType) or not hasattr(function, CACHE):
+        return None
+    module, its_name = function.__globals__, function.__name__
+    if module.get(its_name) is not function:
+        return None
+    copies = dict(module)
+    for name, each in module.items():
+        if isinstance(each, FunctionType) and each.__globals__ is module:
+            copy = FunctionType(each.__code__, copies, each.__name__, each.__defaults__, each.__closure__)
+            copy.__kwdefaults__ = each.__kwdefaults__
+            vars(copy).update(vars(each))
+            if hasattr(each, CACHE):
+                setattr(copy, CACHE, _Cache(getattr(each, CACHE), tape))
+            copies[name] = copy
+    return copies[its_name]
+
+
+class _Cache:
+    """The package's cache of what it compiled, which gives kernels that are heard."""
+
+    def __init__(self, cache: Any, tape: _Tape) -> None:
+        self.cache, self.tape = cache, tape
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.cache
+
+    def __setitem__(self, key: Any, kernel: Any) -> None:
+        self.cache[key] = kernel
+        self.tape.compiled = True
+
+    def __getitem__(self, key: Any) -> Callable[..., Any]:
+        kernel = self.cache[key]
+        return lambda *given, **named: self.tape.launch(kernel, given, named)
+
+
+class _Value(int):
+    """The place of an array among the values that a tape is played with."""
+
+
+class _Tape(TorchDispatchMode):
+    """What a call launches, and what memory it makes."""
+
+    def __init__(self, arrays: Sequence[Tensor | None]) -> None:
+        super().__init__()
+        self.values: list[Tensor | None] = list(arrays)  # all kept, so that no two have the same address
+        self.count = len(arrays)
+        self.steps: list[tuple] = []
+        self.fits, self.launching, self.compiled = True, False, False
+
+    def __torch_dispatch__(self, function: Any, types: Any, given: tuple = (), named: dict | None = None) -> Any:
+        found = function(*given, **(named or {}))
+        if self.launching:  # what hands an array over may look at it in another way
+            return found
+        if (zeros := _MEMORY.get(function)) is not None:
+            self.values.append(found)
+            self.steps.append(("memory", tuple(found.shape), found.stride(), found.dtype, zeros, found.is_cuda))
+        elif function is not _aten.detach.default:
+            self.fits = False
+        return found
+
+    def launch(self, kernel: Any, given: tuple, named: dict) -> Any:
+        """Run a kernel, and write it down."""
+        if named:
+            self.fits = False
+        self.steps.append(("launch", kernel, tuple(map(self._placed, given))))
+        self.launching = True
+        try:
+            return kernel(*given, **named)
+        finally:
+            self.launching = False
+
+    def _placed(self, x: Any) -> Any:
+        """An argument, arrays as the places of the values that they are."""
+        if isinstance(x, Tensor):
+            return self._place(x)
+        if isinstance(x, tuple):
+            inner = tuple(map(self._placed, x))
+            if any(isinstance(each, _Value) for each in inner):
+                self.values.append(None)
+                self.steps.append(("tuple", type(x), inner))
+                return _Value(len(self.values) - 1)
+            return x
+        if x is not None and type(x) not in (bool, int, float, str):
+            self.fits = False
+        return x
+
+    def _place(self, x: Tensor) -> Any:
+        at = x.data_ptr()
+        for n, value in enumerate(self.values):
+            if value is not None and at and value.data_ptr() == at and (value.dtype, value.shape, value.stride()) == (
+                x.dtype, x.shape, x.stride()
+            ):  # fmt: skip
+                return _Value(n)
+        self.fits = False
+        return None
+
+    def played(self, results: Sequence[Tensor | None]) -> Any:
+        """(arrays) -> results, by what was written down; or `LEFT` or `NEW`."""
+        ends = tuple(None if x is None else self._place(x) for x in results)
+        self.values.clear()  # what was copied to be heard is a circle, and forgotten late
+        if self.compiled or not self.fits:
+            return NEW if self.compiled else LEFT
+        given = [step[2] for step in self.steps if step[0] != "memory"] + [ends]
+        constants = [x for each in given for x in each if not isinstance(x, _Value)]
+        first, numbers = len(constants), iter(range(len(constants)))
+        taken = iter([[first + x if isinstance(x, _Value) else next(numbers) for x in each] for each in given])
+        steps = tuple(_memory(*how) if kind == "memory" else _KINDS[kind](how[0], _picks(next(taken)))
+                      for kind, *how in self.steps)  # fmt: skip
+        last = _picks(next(taken))
+
+        def play(arrays: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+            values = [*constants, *arrays]
+            for step in steps:
+                step(values)
+            return last(values)
+
+        return play
+
+
+def _picks(places: Sequence[int]) -> Callable[[Values], tuple]:
+    """What takes the values at these places."""
+    if len(places) == 1:
+        return lambda values: (values[places[0]],)
+    return itemgetter(*places) if places else lambda values: ()
+
+
+def _memory(shape: tuple, strides: tuple, dtype: torch.dtype, zeros: bool, cuda: bool) -> Callable[[Values], Any]:
+    """Memory, on the current device."""
+    empty = _EMPTY[cuda]
+    if zeros:
+        return lambda values: values.append(empty(shape, strides, dtype).zero_())
+    return lambda values: values.append(empty(shape, strides, dtype))
+
+
+def _tuple(kind: type, picks: Callable[[Values], tuple]) -> Callable[[Values], Any]:
+    """Several values as one."""
+    make = getattr(kind, "_make", kind)
+    return lambda values: values.append(make(picks(values)))
+
+
+def _launch(kernel: Callable[..., Any], picks: Callable[[Values], tuple]) -> Callable[[Values], Any]:
+    return lambda values: kernel(*picks(values))
+
+
+_KINDS: dict[str, Callable[..., Callable[[Values], Any]]] = {"tuple": _tuple, "launch": _launch}
+
+
+def _empty(name: str) -> Callable[[tuple, tuple, torch.dtype], Tensor]:
+    """(shape, strides, dtype) -> memory on the current device: what compiled programs take, at a third of the cost."""
+    found = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), f"_empty_strided_{name}", None)
+    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=name))
+
+
+_EMPTY = {True: _empty("cuda"), False: _empty("cpu")}
+_current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
