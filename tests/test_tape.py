@@ -273,6 +273,14 @@ def test_what_looks_on_gets_the_package(package: Any) -> None:
         dq.float().sum().backward()
 
 
+def test_out_is_no_view_that_autograd_would_not_let_be_written_to(package: Any) -> None:
+    leaf, k, v = draw(0)
+    for x in (leaf, leaf.clone().requires_grad_()):
+        for _ in range(3):
+            out = attend_torch.attend(x, k, v, implementation="fa4")
+            assert not out._is_view()
+
+
 def test_an_error_leaves_nothing_behind(package: Any) -> None:
     def fail(*given: Any) -> None:
         raise RuntimeError("the device is lost")

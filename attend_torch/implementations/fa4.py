@@ -168,12 +168,11 @@ def _way_back(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
 def _forward(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, Tensor]:
     """out (b h i dv), lying as the caller's q does, and lse (b h i)."""
     q, k, v, sinks, q_used, kv_used, starts = inputs
-    sinks = None if sinks is None else sinks.detach()
-    laid = (_laid(q, starts), _laid(k, starts), _laid(v, starts), sinks, q_used, kv_used, starts)
-    out, lse = _launched(_FORWARD, _interface()._flash_attn_fwd, laid, options)
-    if starts is None:
-        return out.transpose(1, 2), lse
-    return out.unsqueeze(0).transpose(1, 2) if options[-1] else out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
+    out = _made(q, v, options[-1])
+    laid = (_laid(q, starts), _laid(k, starts), _laid(v, starts), None if sinks is None else sinks.detach(), q_used,
+            kv_used, starts, _laid(out, starts))  # fmt: skip
+    (lse,) = _launched(_FORWARD, _interface()._flash_attn_fwd, laid, options[:-1])
+    return out, lse if starts is None else lse.unsqueeze(0)
 
 
 def _interface() -> Any:
@@ -189,16 +188,15 @@ def _launched(tapes: Tapes, function: Any, arrays: tuple, options: tuple) -> tup
     return tapes(function, arrays, options)
 
 
-def _called(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor, Tensor]:
-    """out (b i h dv), or (i h dv), and lse (b h i), or (h i)."""
-    q, k, v, sinks, q_used, kv_used, starts = arrays
-    left, right, scale, softcap, bnhd = options
-    out = _made(q, v, bnhd)
-    lse = function(
+def _called(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor]:
+    """lse (b h i), or (h i); out is written."""
+    q, k, v, sinks, q_used, kv_used, starts, out = arrays
+    left, right, scale, softcap = options
+    found = function(
         q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used, seqused_k=kv_used, softmax_scale=scale,
         softcap=softcap, window_size_left=left, window_size_right=right, learnable_sink=sinks, return_lse=True, out=out,
-    )[1]  # fmt: skip
-    return out, lse
+    )  # fmt: skip
+    return (found[1],)
 
 
 _FORWARD = Tapes(_called)
@@ -211,12 +209,9 @@ def _laid(x: Tensor, starts: Tensor | None) -> Tensor:
 
 
 def _made(q: Tensor, v: Tensor, bnhd: bool) -> Tensor:
-    """Memory for out (b i h dv), or (i h dv), in the caller's layout."""
-    *items, i, h, _ = q.shape
-    size = v.shape[-1]
-    item, step, head = (i * h * size, h * size, size) if bnhd else (h * i * size, size, i * size)
-    return torch.empty_strided((*items, i, h, size), (*(item for _ in items), step, head, 1), dtype=q.dtype,
-                               device=q.device)  # fmt: skip
+    """Memory for out (b h i dv), in the caller's layout."""
+    b, h, i, _ = q.shape
+    return q.new_empty(b, i, h, v.shape[3]).transpose(1, 2) if bnhd else q.new_empty(b, h, i, v.shape[3])
 
 
 def _gradients(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
@@ -229,7 +224,7 @@ def _gradients(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
     laid = (*(_laid(x, starts) for x in (q, k, v)), None if sinks is None else sinks.detach(), q_used, kv_used, starts,
             _laid(out, starts), lse.detach(), _laid(dout, starts), dlse)  # fmt: skip
     deterministic = torch.are_deterministic_algorithms_enabled()
-    found = _launched(_BACKWARD, _interface()._flash_attn_bwd, laid, (*options, deterministic))
+    found = _launched(_BACKWARD, _interface()._flash_attn_bwd, laid, (*options[:-1], deterministic))
     dq, dk, dv = ((x if starts is None else x.unsqueeze(0)).transpose(1, 2) for x in found[:3])
     return dq, dk, dv, q.new_empty(0) if sinks is None else found[3]
 
@@ -237,7 +232,7 @@ def _gradients(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
 def _called_back(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
     """The gradients of q, k, v as they lie, and of sinks."""
     q, k, v, sinks, q_used, kv_used, starts, out, lse, dout, dlse = arrays
-    left, right, scale, softcap, _, deterministic = options
+    left, right, scale, softcap, deterministic = options
     return function(
         q, k, v, out, dout, lse, scale, softcap=softcap or 0.0, window_size_left=left, window_size_right=right,
         cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used, seqused_k=kv_used, deterministic=deterministic,
@@ -257,7 +252,7 @@ def _operator(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 def _operator_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-    return _made(q.transpose(1, 2), v, given[-1]).transpose(1, 2), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _made(q, v, given[-1]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _operator_gradients(*given: Any) -> tuple[Tensor, ...]:
