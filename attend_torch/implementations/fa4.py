@@ -222,7 +222,7 @@ def _gradients(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
     if starts is not None:
         lse, dlse = lse.squeeze(0), None if dlse is None else dlse.squeeze(0)
     laid = (*(_laid(x, starts) for x in (q, k, v)), None if sinks is None else sinks.detach(), q_used, kv_used, starts,
-            _laid(out, starts), lse.detach(), _laid(dout, starts), dlse)  # fmt: skip
+            _laid(out, starts), lse, _laid(dout, starts), dlse)  # fmt: skip
     deterministic = torch.are_deterministic_algorithms_enabled()
     found = _launched(_BACKWARD, _interface()._flash_attn_bwd, laid, (*options[:-1], deterministic))
     dq, dk, dv = ((x if starts is None else x.unsqueeze(0)).transpose(1, 2) for x in found[:3])
