@@ -32,6 +32,8 @@ _MEMORY = {
     _aten.new_empty.default: False, _aten.zeros.default: True, _aten.zeros_like.default: True,
 }  # fmt: skip
 """What makes memory, and whether it is of zeros."""
+_VIEWS = {_aten.transpose.int, _aten.squeeze.dim, _aten.unsqueeze.default, _aten.detach.default}
+"""What looks at memory in another way."""
 
 
 class Tapes:
@@ -47,23 +49,25 @@ class Tapes:
         self.tapes: dict[Hashable, Any] = {}
 
     def __call__(
-        self, function: Any, arrays: Sequence[Tensor | None], options: tuple[Hashable, ...]
+        self, function: Any, arrays: Sequence[Tensor | None], options: tuple, alike: Hashable
     ) -> tuple[Tensor | None, ...]:
         """What the call gives.
 
         Args:
             function: the package's.
-            arrays: of which none needs a gradient, the first on the device that the call runs on.
-            options: constants, on which the call may hang beside what its arrays look like.
+            arrays: the first on the device that the call runs on.
+            options: constants.
+            alike: what options and the shapes and dtypes of arrays hang on, or these themselves.
         """
         device = arrays[0].get_device()  # type: ignore[union-attr]
         if device >= 0 and device != _current():
             with torch.cuda.device(device):
-                return self(function, arrays, options)
-        places = [0 if x is None else x.data_ptr() for x in arrays]
-        looks = [None if x is None else (x.dtype, x.shape, x.stride()) for x in arrays]
+                return self(function, arrays, options, alike)
+        given = [x for x in arrays if x is not None]
+        places = [x.data_ptr() for x in given]
         # Kernels are compiled for alignment; and where arrays are one, it cannot be told which of them was meant.
-        key = (function, device, options, *looks, *[at % 16 for at in places], *map(places.index, places))
+        key = (function, device, alike, *[x.stride() for x in given], *[at & 15 for at in places],
+               *map(places.index, places))  # fmt: skip
         tape = self.tapes.get(key)
         if tape is None or tape is LEFT:
             results = self.call(function, arrays, options)  # which compiles what was not compiled before
@@ -147,17 +151,31 @@ class _Tape(TorchDispatchMode):
         if self.launching:  # what hands an array over may look at it in another way
             return found
         if (zeros := _MEMORY.get(function)) is not None:
+            self.steps.append(("memory", (), tuple(found.shape), found.stride(), found.dtype, zeros, found.is_cuda))
             self.values.append(found)
-            self.steps.append(("memory", tuple(found.shape), found.stride(), found.dtype, zeros, found.is_cuda))
-        elif function is not _aten.detach.default:
+        elif function in _VIEWS:
+            self._view(given[0], found)
+        elif function is _aten.clone.default:
+            self.steps.append(("clone", (self._place(given[0]),), named or {}))
+            self.values.append(found)
+        else:
             self.fits = False
         return found
+
+    def _view(self, of: Tensor, found: Tensor) -> None:
+        """Write down what is looked at in another way; of what was given, without the gradient that it may need."""
+        place = self._place(of)
+        if place is not None and (place < self.count or (found.shape, found.stride()) != (of.shape, of.stride())):
+            offset = found.storage_offset() - of.storage_offset()
+            self.steps.append(("view", (place,), tuple(found.shape), found.stride(), offset))
+            self.values.append(found)
 
     def launch(self, kernel: Any, given: tuple, named: dict) -> Any:
         """Run a kernel, and write it down."""
         if named:
             self.fits = False
-        self.steps.append(("launch", kernel, tuple(map(self._placed, given))))
+        placed = tuple(map(self._placed, given))
+        self.steps.append(("launch", placed, kernel))
         self.launching = True
         try:
             return kernel(*given, **named)
@@ -172,7 +190,7 @@ class _Tape(TorchDispatchMode):
             inner = tuple(map(self._placed, x))
             if any(isinstance(each, _Value) for each in inner):
                 self.values.append(None)
-                self.steps.append(("tuple", type(x), inner))
+                self.steps.append(("tuple", inner, type(x)))
                 return _Value(len(self.values) - 1)
             return x
         if x is not None and type(x) not in (bool, int, float, str):
@@ -181,7 +199,7 @@ class _Tape(TorchDispatchMode):
 
     def _place(self, x: Tensor) -> Any:
         at = x.data_ptr()
-        for n, value in enumerate(self.values):
+        for n, value in reversed([*enumerate(self.values)]):
             if value is not None and at and value.data_ptr() == at and (value.dtype, value.shape, value.stride()) == (
                 x.dtype, x.shape, x.stride()
             ):  # fmt: skip
@@ -195,13 +213,12 @@ class _Tape(TorchDispatchMode):
         self.values.clear()  # what was copied to be heard is a circle, and forgotten late
         if self.compiled or not self.fits:
             return NEW if self.compiled else LEFT
-        given = [step[2] for step in self.steps if step[0] != "memory"] + [ends]
+        given = [placed for _, placed, *_ in self.steps] + [ends]
         constants = [x for each in given for x in each if not isinstance(x, _Value)]
         first, numbers = len(constants), iter(range(len(constants)))
-        taken = iter([[first + x if isinstance(x, _Value) else next(numbers) for x in each] for each in given])
-        steps = tuple(_memory(*how) if kind == "memory" else _KINDS[kind](how[0], _picks(next(taken)))
-                      for kind, *how in self.steps)  # fmt: skip
-        last = _picks(next(taken))
+        places = [[first + x if isinstance(x, _Value) else next(numbers) for x in each] for each in given]
+        steps = tuple(_KINDS[kind](at, *how) for (kind, _, *how), at in zip(self.steps, places[:-1], strict=True))
+        last = _picks(places[-1])
 
         def play(arrays: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
             values = [*constants, *arrays]
@@ -219,32 +236,58 @@ def _picks(places: Sequence[int]) -> Callable[[Values], tuple]:
     return itemgetter(*places) if places else lambda values: ()
 
 
-def _memory(shape: tuple, strides: tuple, dtype: torch.dtype, zeros: bool, cuda: bool) -> Callable[[Values], Any]:
-    """Memory, on the current device."""
+# What a tape does, step by step, with all values that there are by then: constants, arrays, and what steps add.
+
+
+def _memory(
+    _: Sequence[int], shape: tuple, strides: tuple, dtype: torch.dtype, zeros: bool, cuda: bool
+) -> Callable[[Values], Any]:
     empty = _EMPTY[cuda]
     if zeros:
         return lambda values: values.append(empty(shape, strides, dtype).zero_())
     return lambda values: values.append(empty(shape, strides, dtype))
 
 
-def _tuple(kind: type, picks: Callable[[Values], tuple]) -> Callable[[Values], Any]:
-    """Several values as one."""
-    make = getattr(kind, "_make", kind)
+def _view(places: Sequence[int], shape: tuple, strides: tuple, offset: int) -> Callable[[Values], Any]:
+    (at,) = places
+    return lambda values: values.append(_reinterpret(values[at], shape, strides, offset))
+
+
+def _clone(places: Sequence[int], named: dict[str, Any]) -> Callable[[Values], Any]:
+    (at,) = places
+    return lambda values: values.append(values[at].detach().clone(**named))
+
+
+def _tuple(places: Sequence[int], kind: type) -> Callable[[Values], Any]:
+    make, picks = getattr(kind, "_make", kind), _picks(places)
     return lambda values: values.append(make(picks(values)))
 
 
-def _launch(kernel: Callable[..., Any], picks: Callable[[Values], tuple]) -> Callable[[Values], Any]:
+def _launch(places: Sequence[int], kernel: Callable[..., Any]) -> Callable[[Values], Any]:
+    picks = _picks(places)
     return lambda values: kernel(*picks(values))
 
 
-_KINDS: dict[str, Callable[..., Callable[[Values], Any]]] = {"tuple": _tuple, "launch": _launch}
+_KINDS: dict[str, Callable[..., Callable[[Values], Any]]] = {
+    "memory": _memory, "view": _view, "clone": _clone, "tuple": _tuple, "launch": _launch
+}  # fmt: skip
+
+
+# What compiled programs take, at a third of the cost of what the language has for it.
+
+
+def _guards(name: str) -> Any:
+    return getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), name, None)
 
 
 def _empty(name: str) -> Callable[[tuple, tuple, torch.dtype], Tensor]:
-    """(shape, strides, dtype) -> memory on the current device: what compiled programs take, at a third of the cost."""
-    found = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), f"_empty_strided_{name}", None)
+    """(shape, strides, dtype) -> memory on the current device."""
+    found = _guards(f"_empty_strided_{name}")
     return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=name))
 
 
 _EMPTY = {True: _empty("cuda"), False: _empty("cpu")}
+_reinterpret: Callable[[Tensor, tuple, tuple, int], Tensor] = _guards("_reinterpret_tensor") or (
+    lambda x, shape, strides, offset: x.detach().as_strided(shape, strides, x.storage_offset() + offset)
+)
 _current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)

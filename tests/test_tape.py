@@ -37,7 +37,8 @@ def _get(function, key, kernel):
 def _flash_attn_fwd(q, k, v, *, out, return_lse, softmax_scale, **options):
     _counted("forward")
     if flaw == "another operation":
-        q = q.clone()
+        q = q * 1
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     shape = (q.shape[0], q.shape[2], q.shape[1]) if q.ndim == 4 else (q.shape[1], q.shape[0])
     lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     key = (q.dtype, tuple(options))
@@ -209,6 +210,15 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
     flat = torch.empty(x.numel() + 64, dtype=x.dtype)
     skip = (-flat.data_ptr() % 16) // 2 + 1
     return flat[skip:][: x.numel()].view(x.shape).copy_(x)
+
+
+def test_what_the_package_copies_is_copied(package: Any) -> None:
+    for seed in range(4):
+        q, k, v = draw(seed)
+        apart = [torch.stack([x, x], -1)[..., 0] for x in (q, k, v)]
+        for ours, theirs in zip(run(apart), run([q, k, v]), strict=True):
+            assert torch.equal(ours, theirs)
+    assert package.counts["forward"] == 4
 
 
 def test_what_looks_different_is_recorded_anew(package: Any) -> None:

@@ -67,9 +67,9 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     elif is_watched():
         out, lse = _Attend.apply(options, *inputs)
     elif needs_gradients(arrays):
-        out, lse = _Eager.apply(options, *inputs)
+        out, lse = _Eager.apply(call, options, *inputs)
     else:
-        out, lse = _forward(inputs, options)
+        out, lse = _forward(inputs, options, call)
     if size != call.dv:
         out = out[..., : call.dv]
     return _empty(call, arrays, out, lse) if call.q_lengths else (out, lse)
@@ -116,17 +116,21 @@ INPUTS = ("q", "k", "v", "sinks", "q_lengths", "kv_lengths", "starts")
 
 
 class _Eager(torch.autograd.Function):
-    """(options, *inputs) -> out, lse. For no transformation: those that serve one cost more with each call."""
+    """(call, options, *inputs) -> out, lse. For no transformation: those that serve one cost more with each call."""
 
     @staticmethod
-    def forward(ctx: Any, options: tuple, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _forward(inputs, options)
+    def forward(ctx: Any, call: Call, options: tuple, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(inputs, options, call)
+        ctx.call = call
         _keep(ctx, options, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        return _way_back(ctx, dout, dlse)
+        inputs = ctx.saved_tensors
+        if dout is None or torch.is_grad_enabled() or is_watched() or is_traced(dout):
+            return None, *_way_back(ctx, inputs, dout, dlse)
+        return None, None, *_gradients((*inputs, dout, dlse), ctx.options, ctx.call), None, None, None
 
 
 class _Attend(torch.autograd.Function):
@@ -142,7 +146,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        return _way_back(ctx, dout, dlse)
+        return _way_back(ctx, ctx.saved_tensors, dout, dlse)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple, *inputs: Any) -> tuple:
@@ -155,24 +159,23 @@ def _keep(ctx: Any, options: tuple, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, *output)
 
 
-def _way_back(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-    inputs = ctx.saved_tensors
+def _way_back(ctx: Any, inputs: tuple, dout: Tensor | None, dlse: Tensor | None) -> tuple:
     dout = torch.zeros_like(inputs[-2]) if dout is None else dout
-    if torch.is_grad_enabled() or is_watched():
-        dq, dk, dv, dsinks = _Gradients.apply(ctx.options, *inputs, dout, dlse)
-    else:
-        dq, dk, dv, dsinks = _gradients((*inputs, dout, dlse), ctx.options)
-    return None, dq, dk, dv, dsinks if ctx.needs_input_grad[4] else None, None, None, None
+    dq, dk, dv, dsinks = _Gradients.apply(ctx.options, *inputs, dout, dlse)
+    return None, dq, dk, dv, dsinks if inputs[3] is not None else None, None, None, None
 
 
-def _forward(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, Tensor]:
-    """out (b h i dv), lying as the caller's q does, and lse (b h i)."""
-    q, k, v, sinks, q_used, kv_used, starts = inputs
-    out = _made(q, v, options[-1])
-    laid = (_laid(q, starts), _laid(k, starts), _laid(v, starts), None if sinks is None else sinks.detach(), q_used,
-            kv_used, starts, _laid(out, starts))  # fmt: skip
-    (lse,) = _launched(_FORWARD, _interface()._flash_attn_fwd, laid, options[:-1])
-    return out, lse if starts is None else lse.unsqueeze(0)
+def _forward(inputs: Sequence[Any], options: tuple, call: Call | None = None) -> tuple[Tensor, Tensor]:
+    """out (b h i dv), lying as the caller's q does, and lse (b h i).
+
+    Args:
+        inputs: of `INPUTS`.
+        options: as in `_Put`.
+        call: where nothing looks on.
+    """
+    starts = inputs[6]
+    alike = None if call is None else call if starts is None else (call, starts.shape)
+    return _launched(_FORWARD, _interface()._flash_attn_fwd, inputs, options, alike)
 
 
 def _interface() -> Any:
@@ -180,23 +183,27 @@ def _interface() -> Any:
     return sys.modules.get(FUNCTIONS) or import_module(FUNCTIONS)
 
 
-def _launched(tapes: Tapes, function: Any, arrays: tuple, options: tuple) -> tuple:
-    """What the package's function gives, by a tape where nothing looks on."""
-    if is_watched() or is_traced(arrays[0]):
-        with torch.cuda.device_of(arrays[0]):
-            return tapes.call(function, arrays, options)
-    return tapes(function, arrays, options)
+def _launched(tapes: Tapes, function: Any, arrays: Sequence[Any], options: tuple, alike: Any) -> Any:
+    """What the package's function gives, by a tape where nothing looks on. alike: as in `Tapes`, or None."""
+    if alike is None:
+        if is_watched() or is_traced(arrays[0]):
+            with torch.cuda.device_of(arrays[0]):
+                return tapes.call(function, arrays, options)
+        alike = (options, *(None if x is None else (x.dtype, x.shape) for x in arrays))
+    return tapes(function, arrays, options, alike)
 
 
-def _called(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor]:
-    """lse (b h i), or (h i); out is written."""
-    q, k, v, sinks, q_used, kv_used, starts, out = arrays
-    left, right, scale, softcap = options
-    found = function(
-        q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used, seqused_k=kv_used, softmax_scale=scale,
-        softcap=softcap, window_size_left=left, window_size_right=right, learnable_sink=sinks, return_lse=True, out=out,
-    )  # fmt: skip
-    return (found[1],)
+def _called(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor, Tensor]:
+    q, k, v, sinks, q_used, kv_used, starts = arrays
+    left, right, scale, softcap, bnhd = options
+    out = _made(q, v, bnhd)
+    lse = function(
+        _laid(q, starts), _laid(k, starts), _laid(v, starts), cu_seqlens_q=starts, cu_seqlens_k=starts,
+        seqused_q=q_used, seqused_k=kv_used, softmax_scale=scale, softcap=softcap, window_size_left=left,
+        window_size_right=right, learnable_sink=None if sinks is None else sinks.detach(), return_lse=True,
+        out=_laid(out, starts),
+    )[1]  # fmt: skip
+    return out, lse if starts is None else lse.unsqueeze(0)
 
 
 _FORWARD = Tapes(_called)
@@ -204,8 +211,8 @@ _FORWARD = Tapes(_called)
 
 def _laid(x: Tensor, starts: Tensor | None) -> Tensor:
     """x (b h n d) as (b n h d), or (n h d) where it goes as packed sequences; without a gradient."""
-    x = x.transpose(1, 2) if starts is None else x.squeeze(0).transpose(0, 1)
-    return x.detach() if x.requires_grad else x
+    x = x.detach()
+    return x.transpose(1, 2) if starts is None else x.squeeze(0).transpose(0, 1)
 
 
 def _made(q: Tensor, v: Tensor, bnhd: bool) -> Tensor:
@@ -214,34 +221,39 @@ def _made(q: Tensor, v: Tensor, bnhd: bool) -> Tensor:
     return q.new_empty(b, i, h, v.shape[3]).transpose(1, 2) if bnhd else q.new_empty(b, h, i, v.shape[3])
 
 
-def _gradients(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
-    """dq, dk, dv as q, k, v lie, and dsinks, of shape (0,) where there are none."""
-    q, k, v, sinks, q_used, kv_used, starts, out, lse, dout, dlse = inputs
+def _gradients(inputs: Sequence[Any], options: tuple, call: Call | None = None) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv as q, k, v lie, and dsinks, or None. inputs: of `INPUTS`, then out, lse, dout, dlse."""
+    starts, lse, dlse = inputs[6], inputs[8], inputs[10]
     if dlse is not None:  # that of an lse of -inf counts for nothing
-        dlse = torch.where(lse == -torch.inf, 0, dlse)
+        inputs = (*inputs[:10], torch.where(lse == -torch.inf, 0, dlse))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    alike = None if call is None else (call, deterministic, dlse is None, None if starts is None else starts.shape)
+    return _launched(_BACKWARD, _interface()._flash_attn_bwd, inputs, (*options, deterministic), alike)
+
+
+def _called_back(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor | None, ...]:
+    q, k, v, sinks, q_used, kv_used, starts, out, lse, dout, dlse = arrays
+    left, right, scale, softcap, _, deterministic = options
     if starts is not None:
         lse, dlse = lse.squeeze(0), None if dlse is None else dlse.squeeze(0)
-    laid = (*(_laid(x, starts) for x in (q, k, v)), None if sinks is None else sinks.detach(), q_used, kv_used, starts,
-            _laid(out, starts), lse, _laid(dout, starts), dlse)  # fmt: skip
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    found = _launched(_BACKWARD, _interface()._flash_attn_bwd, laid, (*options[:-1], deterministic))
-    dq, dk, dv = ((x if starts is None else x.unsqueeze(0)).transpose(1, 2) for x in found[:3])
-    return dq, dk, dv, q.new_empty(0) if sinks is None else found[3]
-
-
-def _called_back(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v as they lie, and of sinks."""
-    q, k, v, sinks, q_used, kv_used, starts, out, lse, dout, dlse = arrays
-    left, right, scale, softcap, deterministic = options
-    return function(
-        q, k, v, out, dout, lse, scale, softcap=softcap or 0.0, window_size_left=left, window_size_right=right,
-        cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used, seqused_k=kv_used, deterministic=deterministic,
-        dlse=dlse, learnable_sink=sinks,
+    dq, dk, dv, *dsinks = function(
+        *(_laid(x, starts) for x in (q, k, v, out, dout)), lse, scale, softcap=softcap or 0.0, window_size_left=left,
+        window_size_right=right, cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used, seqused_k=kv_used,
+        deterministic=deterministic, dlse=dlse, learnable_sink=None if sinks is None else sinks.detach(),
     )  # fmt: skip
+    found = ((x if starts is None else x.unsqueeze(0)).transpose(1, 2) for x in (dq, dk, dv))
+    return (*found, dsinks[0] if dsinks else None)
 
 
 _BACKWARD = Tapes(_called_back)
-_Gradients = rowwise.first_only("fa4", lambda options, *inputs: _gradients(inputs, options))
+
+
+def _whole(inputs: Sequence[Any], options: tuple) -> tuple[Tensor, ...]:
+    """`_gradients`, dsinks of shape (0,) where there are none, for those who take arrays alone."""
+    return tuple(inputs[0].new_empty(0) if x is None else x for x in _gradients(inputs, options))
+
+
+_Gradients = rowwise.first_only("fa4", lambda options, *inputs: _whole(inputs, options))
 
 
 # The operators, for compilers: fa4(*inputs, *options), and fa4_gradients(*inputs, out, lse, dout, dlse, *options).
@@ -257,7 +269,7 @@ def _operator_fake(q: Tensor, k: Tensor, v: Tensor, *given: Any) -> tuple[Tensor
 
 def _operator_gradients(*given: Any) -> tuple[Tensor, ...]:
     behind = len(INPUTS) + 4
-    return _gradients(given[:behind], given[behind:])
+    return _whole(given[:behind], given[behind:])
 
 
 def _operator_gradients_fake(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
