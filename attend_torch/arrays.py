@@ -33,7 +33,7 @@ def is_traced(array: torch.Tensor) -> bool:
     """Whether what is called counts, and not its data: for compilers, fake tensors, and modes as make_fx has them."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return torch._C._dispatch_keys(array).has(_PYTHON)
+    return array.__class__ is not torch.Tensor and torch._C._dispatch_keys(array).has(_PYTHON)
 
 
 def is_watched() -> bool:

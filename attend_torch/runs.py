@@ -7,6 +7,7 @@ remembered by its storage, place, strides and version, which views share and wri
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -31,8 +32,6 @@ def tell(call: Call, arrays: Arrays, ids: list[torch.Tensor]) -> tuple[str, torc
     if state:
         return state, None
     known = _known(call, ids)
-    if known.starts is not None:
-        _follow(known.starts)
     return known.state, known.starts
 
 
@@ -76,16 +75,31 @@ def _known(call: Call, ids: list[torch.Tensor]) -> runs.Known:
         if key is not None:
             runs.remember(_KNOWN, key, known)
         return known
-    for now, then in zip(map(_signed, ids), known.kept, strict=False):
-        _follow(then)
+    _follow(known)
+    for now, then in zip(map(_signed, ids), known.kept.ids, strict=False):
         torch._assert_async((now == then).all(), runs.CHANGED)
     return known
 
 
-def _follow(x: torch.Tensor) -> None:
-    """Have the memory of x wait for the current stream too: x may have been made on another."""
-    if x.is_cuda:
-        x.record_stream(torch.cuda.current_stream(x.device))
+class _Kept(NamedTuple):
+    """The ids as they were, and the stream on which they and their starts were made, as `_stream` gives it."""
+
+    ids: list[torch.Tensor]
+    home: int | None
+
+
+def _stream(x: torch.Tensor) -> int | None:
+    """The current stream of the device of x, as a number; None where there are none."""
+    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else None
+
+
+def _follow(known: runs.Known) -> None:
+    """Have the memory of what is remembered wait for the current stream too, where it was made on another."""
+    ids, home = known.kept
+    if _stream(ids[0]) != home:
+        stream = torch.cuda.current_stream(ids[0].device)
+        for x in (*ids, *([] if known.starts is None else [known.starts])):
+            x.record_stream(stream)
 
 
 def _signed(ids: torch.Tensor) -> torch.Tensor:
@@ -99,7 +113,7 @@ def _looked(ids: list[torch.Tensor]) -> runs.Known:
     host = [x.detach().cpu().numpy() for x in ids]  # which waits for what is kept as well
     state, starts = runs.look(host[0], host[1] if len(host) > 1 else None)
     found = None if starts is None else torch.from_numpy(starts).to(ids[0].device)
-    return runs.Known(_alive(ids), state, found, kept=kept)
+    return runs.Known(_alive(ids), state, found, kept=_Kept(kept, _stream(ids[0])))
 
 
 def made(ids: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
@@ -115,4 +129,5 @@ def made(ids: torch.Tensor, cu_seqlens: torch.Tensor) -> None:
     bounds = cu_seqlens.long().clamp(0, length).int()
     first, last = torch.minimum(bounds[:-1], bounds[-1:]).sort().values, bounds[-1:]
     starts = torch.cat([bounds.new_zeros(1), first, last, bounds.new_full((1,), length)])
-    runs.remember(_KNOWN, key, runs.Known(_alive([ids]), runs.PACKED, starts, True, [_signed(ids).clone()]))
+    kept = _Kept([_signed(ids).clone()], _stream(ids))
+    runs.remember(_KNOWN, key, runs.Known(_alive([ids]), runs.PACKED, starts, True, kept))
