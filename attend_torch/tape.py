@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from operator import itemgetter
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -136,6 +136,22 @@ class _Value(int):
     """The place of an array among the values that a tape is played with."""
 
 
+class _Step(NamedTuple):
+    """What a tape does at once.
+
+    Attributes:
+        kind: of `_KINDS`.
+        taken: what it takes: places of values, and constants.
+        how: what else it is made of.
+        made: the place of the value that it adds, or None.
+    """
+
+    kind: str
+    taken: tuple
+    how: tuple
+    made: int | None
+
+
 class _Tape(TorchDispatchMode):
     """What a call launches, and what memory it makes."""
 
@@ -143,7 +159,8 @@ class _Tape(TorchDispatchMode):
         super().__init__()
         self.values: list[Tensor | None] = list(arrays)  # all kept, so that no two have the same address
         self.count = len(arrays)
-        self.steps: list[tuple] = []
+        self.roots: dict[int, int] = {}  # of what each view is one
+        self.steps: list[_Step] = []
         self.fits, self.launching, self.compiled = True, False, False
 
     def __torch_dispatch__(self, function: Any, types: Any, given: tuple = (), named: dict | None = None) -> Any:
@@ -151,31 +168,34 @@ class _Tape(TorchDispatchMode):
         if self.launching:  # what hands an array over may look at it in another way
             return found
         if (zeros := _MEMORY.get(function)) is not None:
-            self.steps.append(("memory", (), tuple(found.shape), found.stride(), found.dtype, zeros, found.is_cuda))
-            self.values.append(found)
+            self._add("memory", (), (tuple(found.shape), found.stride(), found.dtype, zeros, found.is_cuda), found)
         elif function in _VIEWS:
             self._view(given[0], found)
         elif function is _aten.clone.default:
-            self.steps.append(("clone", (self._place(given[0]),), named or {}))
-            self.values.append(found)
+            self._add("clone", (self._place(given[0]),), (named or {},), found)
         else:
             self.fits = False
         return found
+
+    def _add(self, kind: str, taken: tuple, how: tuple, value: Any) -> Any:
+        self.steps.append(_Step(kind, taken, how, len(self.values)))
+        self.values.append(value)
+        return _Value(len(self.values) - 1)
 
     def _view(self, of: Tensor, found: Tensor) -> None:
         """Write down what is looked at in another way; of what was given, without the gradient that it may need."""
         place = self._place(of)
         if place is not None and (place < self.count or (found.shape, found.stride()) != (of.shape, of.stride())):
-            offset = found.storage_offset() - of.storage_offset()
-            self.steps.append(("view", (place,), tuple(found.shape), found.stride(), offset))
-            self.values.append(found)
+            root: Any = self.roots.get(place, place)
+            offset = found.storage_offset() - self.values[root].storage_offset()
+            self.roots[self._add("view", (root,), (tuple(found.shape), found.stride(), offset), found)] = root
 
     def launch(self, kernel: Any, given: tuple, named: dict) -> Any:
         """Run a kernel, and write it down."""
         if named:
             self.fits = False
         placed = tuple(map(self._placed, given))
-        self.steps.append(("launch", placed, kernel))
+        self.steps.append(_Step("launch", placed, (kernel,), None))
         self.launching = True
         try:
             return kernel(*given, **named)
@@ -188,11 +208,7 @@ class _Tape(TorchDispatchMode):
             return self._place(x)
         if isinstance(x, tuple):
             inner = tuple(map(self._placed, x))
-            if any(isinstance(each, _Value) for each in inner):
-                self.values.append(None)
-                self.steps.append(("tuple", inner, type(x)))
-                return _Value(len(self.values) - 1)
-            return x
+            return self._add("tuple", inner, (type(x),), None) if any(isinstance(n, _Value) for n in inner) else x
         if x is not None and type(x) not in (bool, int, float, str):
             self.fits = False
         return x
@@ -213,16 +229,21 @@ class _Tape(TorchDispatchMode):
         self.values.clear()  # what was copied to be heard is a circle, and forgotten late
         if self.compiled or not self.fits:
             return NEW if self.compiled else LEFT
-        given = [placed for _, placed, *_ in self.steps] + [ends]
+        taken = [x for step in self.steps if step.kind != "view" for x in step.taken]
+        used = {x for x in (*taken, *ends) if isinstance(x, _Value)}
+        steps = [step for step in self.steps if step.kind != "view" or step.made in used]
+        given = [*(step.taken for step in steps), ends]
         constants = [x for each in given for x in each if not isinstance(x, _Value)]
-        first, numbers = len(constants), iter(range(len(constants)))
-        places = [[first + x if isinstance(x, _Value) else next(numbers) for x in each] for each in given]
-        steps = tuple(_KINDS[kind](at, *how) for (kind, _, *how), at in zip(self.steps, places[:-1], strict=True))
+        order = [*range(self.count), *(step.made for step in steps if step.made is not None)]
+        place_of = {n: len(constants) + place for place, n in enumerate(order)}
+        numbers = iter(range(len(constants)))
+        places = [[place_of[x] if isinstance(x, _Value) else next(numbers) for x in each] for each in given]
+        run = tuple(_KINDS[step.kind](at, *step.how) for step, at in zip(steps, places[:-1], strict=True))
         last = _picks(places[-1])
 
         def play(arrays: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
             values = [*constants, *arrays]
-            for step in steps:
+            for step in run:
                 step(values)
             return last(values)
 

@@ -211,8 +211,8 @@ _FORWARD = Tapes(_called)
 
 def _laid(x: Tensor, starts: Tensor | None) -> Tensor:
     """x (b h n d) as (b n h d), or (n h d) where it goes as packed sequences; without a gradient."""
-    x = x.detach()
-    return x.transpose(1, 2) if starts is None else x.squeeze(0).transpose(0, 1)
+    x = x.transpose(1, 2) if starts is None else x.squeeze(0).transpose(0, 1)
+    return x.detach() if x.requires_grad else x
 
 
 def _made(q: Tensor, v: Tensor, bnhd: bool) -> Tensor:
