@@ -6,8 +6,9 @@ looks like one before it is recorded: which kernels were launched, with which of
 which places. Calls that look the same after that launch the same.
 
 Nothing of the package is changed. What is recorded runs in a copy of its functions, which find there, in the place of
-each cache of compiled kernels, one that writes down what is launched. A call that does anything else with an array
-than to make memory is not taken for a list of launches, and is left to the package, as is a function of another form.
+each cache of compiled kernels, one that writes down what is launched, while torch tells what else is done with arrays.
+A call that does more with one than to look at it in another way, copy it or make memory is not taken for a list of
+launches, and is left to the package, as is a function of another form.
 """
 
 from __future__ import annotations
