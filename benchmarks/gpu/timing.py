@@ -14,7 +14,10 @@ from typing import Any
 CALLS, RUNS, WARM = 100, 9, 20
 REST = 0.01  # seconds without work before a run: an H100 that has none lowers its clock after about 20 ms of products
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("attend_*/implementations/*.py", "attend_*/a*.py", "shared/attend_shared/kernels/*.py")
+SOURCES = (
+    "attend_*/implementations/*.py", "attend_*/a*.py", "attend_*/runs.py", "attend_torch/tape.py",
+    "attend_jax/gluon.py", "shared/attend_shared/kernels/*.py",
+)  # fmt: skip
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
