@@ -448,7 +448,10 @@ def fake_forward(call: Call, arrays: Arrays) -> tuple:
     return out, lse, lse, lse, spare
 
 
-def fake_gradients(call: Call, arrays: Arrays, saved: tuple, dout: Any, dlse: Any) -> tuple:
+def fake_gradients(
+    call: Call, arrays: Arrays, saved: tuple, dout: Any, dlse: Any, wants_bias: bool = True
+) -> tuple:  # fmt: skip
+    wanted.append(wants_bias)
     names = [name for name in ("q", "k", "v", "bias", "sinks") if getattr(arrays, name) is not None]
 
     def function(*floats: Any) -> Any:
@@ -459,6 +462,7 @@ def fake_gradients(call: Call, arrays: Arrays, saved: tuple, dout: Any, dlse: An
 
 
 seen: list[int] = []
+wanted: list[bool] = []
 
 
 @pytest.mark.parametrize(
@@ -515,6 +519,27 @@ def test_lanes_are_more_items_of_one_call_in_jax(
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert (max(seen) == 6) == folds
+
+
+def test_a_bias_without_a_gradient_is_told_from_one_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compiler leaves half of a launch out, so dbias must not be made for nothing."""
+    monkeypatch.setattr(jax_triton, "_forward", fake_forward)
+    monkeypatch.setattr(jax_triton, "_gradients", fake_gradients)
+    q, bias = jnp.ones((1, 2, 5, 4)), jnp.ones((1, 2, 5, 5))
+    call = check(JAX, Arrays(q, q, q, bias=bias), False, None, None, None, 0.0, True, "bhnd", None)
+
+    def loss(q: Any, bias: Any) -> Any:
+        return jax_triton.attend(call, canonical(call, Arrays(q, q, q, bias=bias)))[0].sum()
+
+    def layers(q: Any, bias: Any) -> Any:
+        return jax.lax.scan(lambda x, _: (x + loss(x, bias), None), q, None, length=2)[0].sum()
+
+    wanted.clear()
+    for function in (loss, jax.jit(loss), jax.checkpoint(loss), layers):
+        for places, found in ((0, [False]), (1, [True]), ((0, 1), [True])):
+            jax.grad(function, places)(q, bias)
+            assert wanted == found
+            wanted.clear()
 
 
 def test_in_a_shard_map_results_vary_as_inputs_do_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:

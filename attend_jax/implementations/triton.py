@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from packaging.version import Version
 
 from attend_jax import gluon
@@ -72,12 +73,29 @@ def _attend_fwd(call: Call, floats: Floats, data: Arrays) -> tuple:
     return saved[:2], (floats, data, saved)
 
 
+def _attend_fwd_of(call: Call, floats: Any, data: Any) -> tuple:
+    """As `_attend_fwd`, of primals that say whether they have a gradient: a launch that makes dq and dbias is left out
+    by no compiler where dbias is not asked for.
+    """
+    values, rest = jax.tree.map(lambda x: x.value, (floats, data))
+    result, kept = _attend_fwd(call, values, rest)
+    wants_bias = floats.bias is not None and floats.bias.perturbed
+    return result, (*kept, () if wants_bias else None)  # structure, which is no array
+
+
 def _attend_bwd(call: Call, kept: tuple, cotangents: tuple) -> tuple:
-    floats, data, saved = kept
-    return Floats(*batching(call, _gradients)(data._replace(**floats._asdict()), saved, *cotangents)), None
+    floats, data, saved, wants_bias = kept
+    cotangents = tuple(_instantiated(x, floats.q) for x in cotangents)
+    function = _gradients if wants_bias == () else partial(_gradients, wants_bias=False)
+    return Floats(*batching(call, function)(data._replace(**floats._asdict()), saved, *cotangents)), None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+def _instantiated(x: Any, like: Array) -> Array:
+    """A cotangent, zeros in full, over the axes of a mesh along which the other array varies."""
+    return varying([jnp.zeros(x.shape, x.dtype)], like)[0] if isinstance(x, SymbolicZero) else x
+
+
+_attend.defvjp(_attend_fwd_of, _attend_bwd, symbolic_zeros=True)
 
 
 def batching(call: Call, function: Callable) -> Callable:
@@ -199,12 +217,14 @@ def _forward(call: Call, arrays: Arrays) -> tuple[Array | None, ...]:
     return _turned(call, known["out"]), *(known[name] for name in SAVED[1 : -len(plans.BOUNDS)]), *bounds
 
 
-def _gradients(call: Call, arrays: Arrays, saved: tuple, dout: Array, dlse: Array) -> tuple:
-    """dq, dk, dv, dbias, dsinks; None for what the call has not got."""
+def _gradients(
+    call: Call, arrays: Arrays, saved: tuple, dout: Array, dlse: Array, wants_bias: bool = True
+) -> tuple:  # fmt: skip
+    """dq, dk, dv, dbias, dsinks; None for what the call has not got, or is not wanted."""
     plan, known = _prepare(call, arrays)
     known |= zip(SAVED, saved, strict=True)
     known |= {"out": _turned(call, saved[0]), "dout": _turned(call, dout), "dlse": dlse}
     strides = _strides(dout, call.layout == "bnhd")
-    _run(plan.backward(strides, call.bias is not None, True, bool(plan.bounds)), known)
+    _run(plan.backward(strides, call.bias is not None and wants_bias, True, bool(plan.bounds)), known)
     gradients = [_turned(call, known[name]) for name in ("dq", "dk", "dv")]
     return *gradients, known.get("dbias"), known.get("dsinks")
