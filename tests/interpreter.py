@@ -208,6 +208,64 @@ def packed() -> dict[str, list[str]]:
     return found
 
 
+def biases() -> dict[str, list[str]]:
+    """What made dq and dbias, and what is off: by einsum, or where dq is not as a pass of its own makes it."""
+    half, brain = torch.float16, torch.bfloat16
+    mask = draw(2, 1, 18, 20, seed=8) > 0
+    calls: dict[str, tuple[int, tuple[int, ...], Any, Any, dict[str, Any]]] = {
+        # items, shape of the bias, dtypes of all and of the bias, options
+        "of three items, causal": (3, (1, 1, 18, 20), half, half, {"is_causal": True, "q_offset": 0}),
+        "rows that see nothing": (2, (1, 1, 18, 20), half, half, {"is_causal": True, "q_offset": -16}),
+        "of each item, lengths and a mask": (2, (2, 1, 18, 20), half, half, {
+            "mask": mask, "kv_lengths": torch.tensor([17, 0]), "q_lengths": torch.tensor([7, 18])}),
+        "finer, softcap and dropout in a window": (2, (1, 1, 18, 20), brain, torch.float32, {
+            "window_size": (9, 3), "q_offset": 5, "softcap": 2.0, "dropout": 0.3, "dropout_seed": 5}),
+        "key mask": (2, (1, 1, 18, 20), half, half, {"mask": torch.arange(20)[None] % 5 > torch.tensor([[1], [4]])}),
+        "of all heads": (2, (1, 1, 18, 20), half, half, {}),
+        "of five items": (5, (1, 1, 18, 20), half, half, {}),
+        "float32": (1, (1, 1, 18, 20), torch.float32, torch.float32, {}),
+    }  # fmt: skip
+    together, run, launched = plans._together, triton._run, list[str]()
+    found: dict[str, list[str]] = {}
+
+    def run_all(kernels: Any, arrays: Any) -> None:
+        launched.extend(kernel.launch.kernel for kernel in kernels if "bias_" in kernel.launch.kernel)
+        run(kernels, arrays)
+
+    triton._run = run_all
+    for name, (items, shape, dtype, of_bias, options) in calls.items():
+        heads = 2 if name == "of all heads" else 1
+        wide = [draw(items, heads, n, 16, seed=seed) for seed, n in enumerate((18, 20, 20))]
+        kept = torch.arange(20) < options.get("kv_lengths", torch.tensor([20]))[:, None]
+        inputs = [x.to(dtype) for x in wide] + [draw(*shape, seed=3).to(of_bias)]
+        poisoned = [x.where(kept[:, None, :, None], float("nan")) for x in inputs[1:3]]
+        cotangent = draw(items, heads, 18, 16, seed=4).to(dtype)
+
+        def gradients(implementation: str, *x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            leaves = [y.clone().requires_grad_() for y in x]
+            out = attend(*leaves[:3], bias=leaves[3], implementation=implementation, **options)  # noqa: B023
+            return torch.autograd.grad(out, leaves, cotangent.to(out.dtype))  # noqa: B023
+
+        launched.clear()
+        ours = gradients("triton", inputs[0], *poisoned, inputs[3])
+        found[name] = sorted(set(launched))
+        plans._together = lambda *_: 0
+        plans.plan.cache_clear()
+        triton._plan.cache_clear()
+        apart = gradients("triton", *inputs)
+        plans._together = together
+        plans.plan.cache_clear()
+        triton._plan.cache_clear()
+        exact = gradients("einsum", *(x.double() for x in inputs))
+        found[name] += [f"other bits of {which}" for which, x, y in zip(("dq", "dk", "dv"), ours, apart, strict=False)
+                        if not torch.equal(x, y)]  # fmt: skip
+        for which, x, y in zip(("dq", "dk", "dv", "dbias"), ours, exact, strict=True):
+            off = ((x - y).abs().max() / y.abs().max()).item()
+            if not off < (2e-6 if x.dtype == torch.float32 else 2e-2):
+                found[name].append(f"{which} is {off} off")
+    return found
+
+
 def in_torch() -> dict[str, str]:
     """What surrounds the kernels in torch, against einsum."""
     q, k, v = (draw(2, 2, 20, 8, seed=n).requires_grad_() for n in range(3))
@@ -275,7 +333,7 @@ def in_torch() -> dict[str, str]:
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "torch": in_torch
+    "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "torch": in_torch, "biases": biases
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -113,6 +113,21 @@ def test_keys_are_packed_in_order() -> None:
     assert interpret("packed") == {"holes": [], "few": [], "runs": [], "none and all": []}
 
 
+def test_a_bias_has_its_gradient_with_dq() -> None:
+    """Where its tile is that of as many items as a program has room for; else a pass of its own."""
+    together = ["query_and_bias_gradients"]
+    assert interpret("biases") == {
+        "of three items, causal": together,
+        "rows that see nothing": together,
+        "of each item, lengths and a mask": together,
+        "finer, softcap and dropout in a window": together,
+        "key mask": together,
+        "of all heads": ["bias_gradients"],
+        "of five items": ["bias_gradients"],
+        "float32": ["bias_gradients"],
+    }
+
+
 def test_what_the_interpreter_is_not_needed_for() -> None:
     """vmap, compilers, a second derivative, and arrays that lie otherwise or hold nothing, in one process."""
     found = interpret("torch")
@@ -212,7 +227,7 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
         dtypes |= {output.name: output.dtype for output in launch.outputs}
     for launch in launches:
         compiled = compile_for_hopper(launch, dtypes)
-        if launch.kernel in ("forward", "query_gradients", "key_gradients"):
+        if launch.kernel in ("forward", "query_gradients", "key_gradients", "query_and_bias_gradients"):
             assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (call.dtype == "bfloat16")
             assert "tf32" not in compiled.asm["ptx"]
             assert foreign_addresses(disassembled(compiled.asm["cubin"])) == []

@@ -812,7 +812,7 @@ def row_sums(
     Q_LENGTHS: tl.constexpr, LSE: tl.constexpr, SINKS: tl.constexpr, BASE2: tl.constexpr,
 ):  # fmt: skip
     """What the gradients take of each row: top; what every logit gets besides its own share, sum(out dout) - dlse,
-    over what dropout multiplies by, the slope; and inverse: (P, 2, 2), top and slope before inverse and slope.
+    over what dropout multiplies by, the slope; and inverse: (P, 2, 2), top and slope before inverse and log2(inverse).
     And each block's part of dsinks.
     """
     block, n = tl.program_id(0), tl.program_id(1)
@@ -849,7 +849,7 @@ def row_sums(
     if SINKS:
         tl.store(partial + n * tl.num_programs(0) + block, -tl.sum(share * result, 0))
     slope = tl.where(unseen, 0.0, result / kept)
-    four = tl.join(tl.join(m, one), tl.join(slope, slope))  # (BM, 2, 2)
+    four = tl.join(tl.join(m, one), tl.join(slope, tl.log2(one)))  # (BM, 2, 2)
     two = tl.arange(0, 2)
     places = of_row[:, None, None] * 4 + two[None, :, None] * 2 + two[None, None, :]
     tl.store(known + places, four, mask=inside[:, None, None])
@@ -857,14 +857,14 @@ def row_sums(
 
 @triton.jit
 def _known(known, of_row):
-    """top, slope and inverse of rows. Read four at once, so that each thread has what it needs by few loads."""
+    """top, slope, inverse and its log2, of rows. Four are read at once: few loads give a thread what it needs."""
     two = tl.arange(0, 2)
-    m_and_one, slope_twice = tl.split(
+    m_and_one, slope_and_power = tl.split(
         tl.load(known + of_row[:, None, None] * 4 + two[None, :, None] * 2 + two[None, None, :])
     )
     m, one = tl.split(m_and_one)
-    slope, _ = tl.split(slope_twice)
-    return m, slope, one
+    slope, power = tl.split(slope_and_power)
+    return m, slope, one, power
 
 
 @triton.jit
@@ -877,6 +877,16 @@ def sum_sinks(partial, H, B, blocks, dsinks, BLOCK: tl.constexpr):
         b, block = place // blocks, place % blocks
         total += tl.load(partial + (b * H + h) * blocks + block, mask=place < B * blocks, other=0.0)
     tl.store(dsinks + h, tl.sum(total, 0).to(dsinks.dtype.element_ty))
+
+
+@triton.jit
+def _store_rows(
+    base, x, b64, h64, first64, local, inside, H, I, D: tl.constexpr, BD: tl.constexpr, BNHD: tl.constexpr
+):  # fmt: skip
+    """A block of rows of a gradient that lies as the caller laid out its arrays."""
+    stride = H * D if BNHD else D
+    base += (b64 * I * H + h64) * D + first64 * stride if BNHD else ((b64 * H + h64) * I + first64) * D
+    _store(base, local[:, None] * stride, tl.arange(0, BD)[None, :], x, inside[:, None], D)
 
 
 @triton.jit
@@ -920,7 +930,7 @@ def query_gradients(
     tile_q = _load(q, local[:, None] * QN, tl.arange(0, BD)[None, :], alive_rows, D, BD, False)
     tile_do = _load(dout, local[:, None] * DON, tl.arange(0, BDV)[None, :], alive_rows, DV, BDV, False)
     of_row = n.to(tl.int64) * P + rows
-    m, slope, one = _known(known, of_row)
+    m, slope, one, _ = _known(known, of_row)
     m, slope, one = m[:, None], slope[:, None], one[:, None]
     if REST:
         m -= cap + 2  # for 4 p; the slope of tanh is -4 (r + r^2), which needs no factor then
@@ -938,6 +948,13 @@ def query_gradients(
     FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or MASK or BIAS)  # as forward
     FAR_APART: tl.constexpr = PACKED and BD == 128 and not PRECISE
     AHEAD: tl.constexpr = 2 if FEW else (5 if FAR_APART else None)
+    # Before a loop that may have no turns LLVM parts the ways where a bias or a mask is read, with zeros made anew on
+    # the one without, and ptxas then waits for each product of the loop before it starts the next.
+    if (BIAS or MASK) and FULL:
+        unseen = (start >= stop) if CUTS else (whole_from >= whole_to)
+        if unseen:
+            _store_rows(dq, tl.zeros((BM, BD), tl.float32), b64, h64, first64, local, rows < I, H, I, D, BD, BNHD)
+            return
     acc = tl.zeros((BM, BD), tl.float32)
     for stage in tl.static_range(3):
         if (stage == 0 and BEFORE) or (stage == 1) or (stage == 2 and AFTER):
@@ -962,13 +979,6 @@ def query_gradients(
                     )  # fmt: skip
                 else:
                     seen = 0
-                if BIAS:
-                    added = _pairs(
-                        bias + begin64 * BJ, local[:, None] * bi * BIAS_UNIT, columns[None, :] * BJ,
-                        (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS or (stage == 1),
-                    )  # fmt: skip
-                else:
-                    added = 0.0
                 tile_k = _load(
                     k + of_block * KN, of_key[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
                     D, BD, FULL or (stage == 1),
@@ -978,6 +988,13 @@ def query_gradients(
                     DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
+                if BIAS:
+                    added = _pairs(
+                        bias + begin64 * BJ, local[:, None] * bi * BIAS_UNIT, columns[None, :] * BJ,
+                        (rows < I)[:, None], (keys < J)[None, :], 0.0, EVEN_KEYS or (stage == 1),
+                    )  # fmt: skip
+                else:
+                    added = 0.0
                 s, capped = _logits(
                     s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST,
                     (stage == 1) and not MASK,
@@ -1017,10 +1034,131 @@ def query_gradients(
     acc *= scale * kept if BASE2 else scale * kept * one
     if Q_LENGTHS:
         acc = tl.where(alive_rows, acc, 0.0)
-    stride = H * D if BNHD else D
-    dq += (b64 * I * H + h64) * D + first64 * stride if BNHD else (n.to(tl.int64) * I + first) * D
-    places = local[:, None] * stride + tl.arange(0, BD)[None, :]
-    tl.store(dq + places, acc.to(dq.dtype.element_ty), mask=(rows < I)[:, None] & (tl.arange(0, BD) < D)[None, :])
+    _store_rows(dq, acc, b64, h64, first64, local, rows < I, H, I, D, BD, BNHD)
+
+
+@triton.jit
+def query_and_bias_gradients(
+    q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed,
+    dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
+    mb, mh, mi, bb, bh, bi, offset, left, right, factor, cap, kept, scale, dq, dbias,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
+    DON: tl.constexpr, MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
+    BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr, Q_LENGTHS: tl.constexpr,
+    KV_LENGTHS: tl.constexpr, ALIVE: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, ITEMS: tl.constexpr,
+    EIGHT: tl.constexpr,
+):  # fmt: skip
+    """dq and dbias of a block of queries, for the ITEMS that have one bias: its tile is read and its gradient written
+    once for all of them, and dq has the bits that query_gradients gives it.
+    """
+    turns = tl.num_programs(1)
+    block = turns - 1 - tl.program_id(1) if RIGHT else tl.program_id(1)  # the longest rows of all heads first
+    n, first = tl.program_id(0), block * BM
+    h, h64, first64 = n % H, (n % H).to(tl.int64), first.to(tl.int64)
+    rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), tl.arange(0, BN)
+    low, high = _reach(q_offset, 0, offset, left, right, OFFSET)
+    last = tl.cdiv(J, BN)
+    start, stop = tl.full((), 0, tl.int32), tl.full((), 0, tl.int32) + last
+    if RIGHT:
+        stop = tl.minimum(stop, _blocks_up(first + BM + high, BN))
+    if LEFT:
+        start = tl.minimum(_blocks(first + low, BN), stop)
+
+    stride = J // EIGHT * EIGHT  # which the compiler sees to be a multiple
+    places = local[:, None] * stride + columns[None, :]
+    dbias += (n.to(tl.int64) * I + first64) * stride
+    bias += ((n // H).to(tl.int64) * bb + h64 * bh + first64 * bi) * BIAS_UNIT
+    mask += (h64 * mh + first64 * mi) * MASK_UNIT
+    q += h64 * qh * UNIT + first64 * QN
+    dout += h64 * doh * UNIT + first64 * DON
+    k += h64 // GROUP * kh * UNIT
+    v += h64 // GROUP * vh * UNIT
+    none = tl.zeros((BM, BN), dbias.dtype.element_ty)  # what no query of the block sees
+    for turn in range(last - (stop - start)):
+        begin = tl.where(turn < start, turn, turn + stop - start) * BN
+        inside = (rows < I)[:, None] if EVEN_KEYS else (rows < I)[:, None] & (begin + columns < J)[None, :]
+        tl.store(dbias + places + begin, none, mask=inside)
+
+    lanes, lanes_v = tl.arange(0, BD), tl.arange(0, BDV)
+    if start >= stop:
+        for item in tl.static_range(ITEMS):
+            b64 = (n // H * ITEMS + item).to(tl.int64)
+            _store_rows(dq, tl.zeros((BM, BD), tl.float32), b64, h64, first64, local, rows < I, H, I, D, BD, BNHD)
+        return
+    tiles_q, tiles_do, sums = (), (), ()
+    for item in tl.static_range(ITEMS):
+        b = n // H * ITEMS + item
+        b64 = b.to(tl.int64)
+        alive_rows = (rows < length_of(q_lengths, b, I, Q_LENGTHS))[:, None]
+        tiles_q += (_load(q + b64 * qb * UNIT, local[:, None] * QN, lanes[None, :], alive_rows, D, BD, False),)
+        tiles_do += (
+            _load(dout + b64 * dob * UNIT, local[:, None] * DON, lanes_v[None, :], alive_rows, DV, BDV, False),
+        )
+        sums += (tl.zeros((BM, BD), tl.float32),)
+
+    for turn in range(start, stop):
+        begin = turn * BN
+        begin64 = begin.to(tl.int64)
+        tile = tl.zeros((BM, BN), tl.float32)
+        new = ()
+        for item in tl.static_range(ITEMS):
+            b = n // H * ITEMS + item
+            b64 = b.to(tl.int64)
+            j_end = length_of(kv_lengths, b, J, KV_LENGTHS)
+            keys, alive, _, _ = _keys(alive_keys, alive_keys, b64, begin, columns, J, j_end, BN, G, ALIVE, False)
+            if MASK:
+                seen = _pairs(
+                    mask + b64 * mb * MASK_UNIT + begin64 * MJ, local[:, None] * mi * MASK_UNIT, columns[None, :] * MJ,
+                    (rows < I)[:, None], (keys < J)[None, :], 0, EVEN_KEYS,
+                )  # fmt: skip
+            else:
+                seen = 0
+            tile_k = _load(
+                k + b64 * kb * UNIT + begin64 * KN, columns[None, :] * KN, lanes[:, None], alive[None, :], D, BD,
+                EVEN and not ALIVE,
+            )  # fmt: skip
+            tile_v = _load(
+                v + b64 * vb * UNIT + begin64 * VN, columns[None, :] * VN, lanes_v[:, None], alive[None, :], DV, BDV,
+                EVEN and not ALIVE,
+            )  # fmt: skip
+            s = _dot(tiles_q[item], tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
+            if item == 0:
+                added = _pairs(
+                    bias + begin64 * BJ, local[:, None] * bi * BIAS_UNIT, columns[None, :] * BJ, (rows < I)[:, None],
+                    (begin + columns < J)[None, :], 0.0, EVEN_KEYS,
+                )  # fmt: skip
+            s, capped = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, PRECISE, False, False)
+            s = _cut(
+                s, keys[None, :], rows[:, None] + low, rows[:, None] + high, 0, 0, alive[None, :], NOTHING, LEFT, RIGHT,
+                False, ALIVE or not EVEN,
+            )  # fmt: skip
+            m, slope, one, _ = _known(known, (b64 * H + h64) * P + rows)
+            p = _exp(s - m[:, None], False)
+            dp = _dot(tiles_do[item], tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
+            if THRESHOLD:
+                quads = begin // 4 + tl.arange(0, BN // 4)
+                dp = _where_drawn(_drawn(seed, b, h, rows, quads, BM, BN, False), THRESHOLD, dp)
+            ds = p * (dp - slope[:, None])
+            tile += ds * one[:, None]
+            if SOFTCAP:
+                ds *= 1 - capped * capped
+            new += (_dot(ds.to(k.dtype.element_ty), tl.trans(tile_k), sums[item], WIDEN),)
+        sums = new
+        inside = (rows < I)[:, None] if EVEN_KEYS else (rows < I)[:, None] & (begin + columns < J)[None, :]
+        if THRESHOLD:
+            tile *= kept
+        tl.store(dbias + places + begin, tile.to(dbias.dtype.element_ty), mask=inside)
+
+    for item in tl.static_range(ITEMS):
+        b = n // H * ITEMS + item
+        b64 = b.to(tl.int64)
+        _, _, one, _ = _known(known, (b64 * H + h64) * P + rows)
+        acc = sums[item] * (scale * kept * one[:, None])
+        if Q_LENGTHS:
+            acc = tl.where((rows < length_of(q_lengths, b, I, Q_LENGTHS))[:, None], acc, 0.0)
+        _store_rows(dq, acc, b64, h64, first64, local, rows < I, H, I, D, BD, BNHD)
 
 
 @triton.jit
@@ -1080,6 +1218,19 @@ def key_gradients(
         stop = tl.where(first < j_end, stop, 0)
     start, whole_from, whole_to, stop = _clip(start, whole_from, whole_to, stop, most)
 
+    FRONT: tl.constexpr = RIGHT or SEGMENTS
+    BEHIND: tl.constexpr = LEFT or SEGMENTS
+    ONE: tl.constexpr = (FRONT or BEHIND) and BD < 128 and BDV < 128 and not THRESHOLD
+    if BIAS or MASK:  # as in query_gradients
+        unseen = (start >= stop) if FRONT or BEHIND else (whole_from >= whole_to)
+        if unseen:
+            if KEYS:
+                none = tl.zeros((BN, BD), tl.float32)
+                _store_rows(dk, none, b64, hk64, first64, columns, keys < J, HK, J, D, BD, BNHD)
+            if VALUES:
+                none_v = tl.zeros((BN, BDV), tl.float32)
+                _store_rows(dv, none_v, b64, hk64, first64, columns, keys < J, HK, J, DV, BDV, BNHD)
+            return
     k += (b64 * kb + hk64 * kh) * UNIT + of_block * KN
     v += (b64 * vb + hk64 * vh) * UNIT + of_block * VN
     tile_k = _load(k, of_key[:, None] * KN, tl.arange(0, BD)[None, :], alive[:, None], D, BD, False)
@@ -1093,9 +1244,6 @@ def key_gradients(
     if VALUES:
         sum_v = tl.zeros((BN, BDV), tl.float32)
 
-    FRONT: tl.constexpr = RIGHT or SEGMENTS
-    BEHIND: tl.constexpr = LEFT or SEGMENTS
-    ONE: tl.constexpr = (FRONT or BEHIND) and BD < 128 and BDV < 128 and not THRESHOLD
     BEFORE: tl.constexpr = FRONT and not ONE
     AFTER: tl.constexpr = BEHIND and not ONE
     LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP
@@ -1138,7 +1286,7 @@ def key_gradients(
                         base_do + begin64 * DON, local[:, None] * DON, tl.arange(0, BDV)[None, :],
                         alive_rows[:, None], DV, BDV, EVEN,
                     )  # fmt: skip
-                    m, slope, one = _known(known, of_head + rows)
+                    m, slope, one, power = _known(known, of_head + rows)
                     s = _dot(tile_k, tile_q, tl.zeros((BN, BM), tl.float32), WIDEN)
                     s, capped = _logits(
                         s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST, False
@@ -1153,9 +1301,12 @@ def key_gradients(
                         s = s * factor
                     if REST:
                         m -= cap + 2
-                    p = _exp(s - m[None, :], BASE2)
-                    if not BASE2:
-                        p *= one[None, :]
+                    if BASE2 or PRECISE:
+                        p = _exp(s - m[None, :], BASE2)
+                        if not BASE2:
+                            p *= one[None, :]
+                    else:  # the factor comes with the exponent
+                        p = tl.exp2((s - m[None, :]) * LOG2E + power[None, :])
                     if KEYS:
                         dp = _dot(tile_v, tl.trans(tile_do), tl.zeros((BN, BM), tl.float32), WIDEN)
                     dropped = p
@@ -1291,7 +1442,7 @@ def bias_gradients(
             s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :], alive[None, :],
             NOTHING, LEFT, RIGHT, SEGMENTS, True,
         )  # fmt: skip
-        m, slope, one = _known(known, of_row)
+        m, slope, one, _ = _known(known, of_row)
         p = _exp(s - m[:, None], False) * one[:, None]
         dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
         if THRESHOLD:

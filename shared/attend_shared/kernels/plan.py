@@ -143,10 +143,13 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("value_gradients", 2, 256): Tile(64, 128, 8, 2),
     ("key_gradients with dropout", 2, 128): Tile(32, 64, 4, 3),
     ("key_gradients with softcap", 2, 128): Tile(32, 64, 4, 3),
+    ("key_gradients with a bias", 2, 64): Tile(64, 64, 4, 2),
     ("key_gradients with a window", 2, 128): Tile(32, 64, 4, 3),
     ("bias_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("bias_gradients", 2, 128): Tile(64, 64, 8, 2),
     ("bias_gradients", 2, 256): Tile(64, 32, 8, 1),
+    ("query_and_bias_gradients", 2, 64): Tile(64, 64, 4, 3),
+    ("query_and_bias_gradients of items", 2, 64): Tile(128, 32, 8, 2),
     ("forward", 4, 64): Tile(64, 32, 4, 2),
     ("forward", 4, 128): Tile(32, 32, 4, 2),
     ("forward", 4, 256): Tile(32, 16, 4, 1),
@@ -205,7 +208,9 @@ def tile(kernel: str, call: Call, little: bool = False) -> Tile:
     width, size = 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))
     has = {"dropout": call.dropout, "softcap": call.softcap is not None, "a window": call.left is not None}
     with_what = next((f" with {what}" for what in has if has[what]), "")
-    found = TILES.get((kernel + with_what, width, size)) or TILES[kernel, width, size]
+    with_bias = kernel + " with a bias" * (call.bias is not None)
+    found = next(TILES[key] for key in ((name, width, size) for name in (kernel + with_what, with_bias, kernel))
+                 if key in TILES)  # fmt: skip
     if little and width == 2:
         return Tile(min(found.queries, 64 if size < 256 else 32), 32, 4, 2 if size < 256 else 1)
     return found
@@ -517,6 +522,39 @@ def _in_units(strides: Strides | None, unit: int) -> tuple[Strides, int]:
     return (*(x // unit for x in strides[:3]), strides[3]), unit
 
 
+def _together(call: Call, layout: Layout) -> int:
+    """How many items have one bias whose gradient is made with dq, in one pass; 0: it has a pass of its own.
+
+    The sums of their dq are in registers at once, their queries and the keys of two turns in shared memory: of more
+    items, or longer rows, these are too many.
+    """
+    if call.bias is None or call.segments or layout.offset == 2:
+        return 0
+    if any(has == 1 < whole for has, whole in zip(call.bias[1:], (call.h, call.i, call.j), strict=True)):
+        return 0
+    if call.dtype == "float32" or max(call.d, call.dv) > 64:
+        return 0
+    items = call.b if call.bias[0] == 1 else 1
+    most = 4 - (call.bias_dtype != call.dtype or (call.mask is not None and not call.key_masked))
+    return items if items <= (1 if layout.little and not INTERPRETED else most) else 0
+
+
+def _queries_and_bias(
+    call: Call, layout: Layout, shared: _Shared, items: int, more: dict[str, Any], qkv: tuple[int, ...], dbias: Output
+) -> Launch:
+    size = tile("query_and_bias_gradients" + " of items" * (items > 1), call, layout.little)
+    constants = shared.constants(size, call.j % size.keys == 0 and not call.kv_lengths) | more
+    constants = {name: x for name, x in constants.items()
+                 if name not in ("BIAS", "SHARED", "BASE2", "POSITIVE", "PACKED", "SEGMENTS")}  # fmt: skip
+    return Launch(
+        "query_and_bias_gradients", (call.b // items * call.h, _cdiv(call.i, size.queries), 1),
+        (*shared.inputs, shared.seed, "dout", "known"),
+        (call.h, call.i, call.j, shared.rows, *qkv, *shared.pairs, *shared.rest, call.scale),
+        (Output("dq", shared.shape(call.h, call.i, call.d), call.dtype), dbias),
+        constants | {"BNHD": shared.bnhd, "ITEMS": items, "EIGHT": 1 if call.j % 8 else 8}, size.warps, size.stages,
+    )  # fmt: skip
+
+
 def _backward(
     call: Call, layout: Layout, ahead: Ahead, shared: _Shared, dout: Strides, wants_bias: bool, has_dlse: bool
 ) -> tuple[Launch, ...]:
@@ -546,12 +584,18 @@ def _backward(
     size = tile("query_gradients", call, layout.little)
     more = {"UNIT": unit, "DON": dout[2]}
     constants = shared.constants(size, j % size.keys == 0 and not call.kv_lengths) | more
-    launches.append(Launch(
-        "query_gradients", (_cdiv(i, size.queries), b * h, 1),
-        (*base, *shared.lists, *saved), (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
-        (Output("dq", shared.shape(h, i, d), call.dtype),),
-        constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages,
-    ))  # fmt: skip
+    dbias, together = None, 0
+    if wants_bias and call.bias is not None and call.bias_dtype is not None:
+        dbias, together = Output("dbias", call.bias, call.bias_dtype), _together(call, layout)
+    if dbias and together:
+        launches.append(_queries_and_bias(call, layout, shared, together, more, qkv, dbias))
+    else:
+        launches.append(Launch(
+            "query_gradients", (_cdiv(i, size.queries), b * h, 1),
+            (*base, *shared.lists, *saved), (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
+            (Output("dq", shared.shape(h, i, d), call.dtype),),
+            constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages,
+        ))  # fmt: skip
     unused = Output("unused", (1,), call.dtype, False)
     for kernel, keys, values in _key_passes(call):
         size = tile(kernel, call, layout.little)
@@ -563,9 +607,9 @@ def _backward(
              Output("dv", shared.shape(hk, j, dv), call.dtype) if values else unused),
             constants | {"BNHD": shared.bnhd, "KEYS": keys, "VALUES": values}, size.warps, size.stages,
         ))  # fmt: skip
-    if wants_bias and call.bias is not None and call.bias_dtype is not None:
+    if dbias and not together:
         size = tile("bias_gradients", call, layout.little)
-        full_b, full_h, full_i, full_j = (x > 1 for x in call.bias)
+        full_b, full_h, full_i, full_j = (x > 1 for x in dbias.shape)
         grid = (_cdiv(j, size.keys) if full_j else 1, _cdiv(i, size.queries) if full_i else 1,
                 (b if full_b else 1) * (h if full_h else 1))  # fmt: skip
         constants = shared.constants(size, False) | more
@@ -573,7 +617,7 @@ def _backward(
         constants = {name: x for name, x in constants.items() if name not in foreign}
         launches.append(Launch(
             "bias_gradients", grid, (*base, *saved), (b, h, i, j, rows, *qkv, *shared.pairs, *shared.rest),
-            (Output("dbias", call.bias, call.bias_dtype),),
+            (dbias,),
             constants | {"ALL_B": not full_b, "ALL_H": not full_h, "ALL_I": not full_i,
                          "ALL_J": not full_j},
             size.warps, size.stages,
