@@ -266,6 +266,32 @@ def biases() -> dict[str, list[str]]:
     return found
 
 
+def huge() -> dict[str, list[float]]:
+    """By how much out, and lse by itself, are off where a bias is as large as numbers go, or all but."""
+    lowest, n = torch.finfo(torch.float32).min, torch.arange(64.0)
+    rows = {
+        "lowest": torch.full((64,), lowest),
+        "lowest and none": torch.where(n < 20, lowest, 0),
+        "almost lowest": torch.where(n == 40, 0.99 * lowest, lowest),
+        "on both sides of where units change": torch.where(n < 16, 5.3e8, torch.where(n < 32, 5.4e8, 1)),
+        "below it, rising": torch.where(n < 16, -5.4e8, -5.3e8),
+        "in steps across it": 2.0**29 + 32 * (n - 40),
+        "one smaller": torch.where(n == 7, 2e20, 3e20),
+        "ten thousand": 1e4 + draw(64),
+        "a million less": -1e6 + 32 * draw(64),
+        "nothing": torch.full((64,), float("-inf")),
+        "nothing, lowest, some": torch.where(n < 16, float("-inf"), torch.where(n < 32, lowest, -7)),
+    }
+    q, k, v = torch.zeros(1, 1, len(rows), 16).half(), draw(1, 1, 64, 16).half(), draw(1, 1, 64, 16, seed=1).half()
+    bias = torch.stack(list(rows.values()))[None, None]
+    out, lse = attend(q, k, v, bias=bias, return_lse=True, implementation="triton")
+    wide = [x.double() for x in (q, k, v, bias)]
+    exact, exact_lse = attend(*wide[:3], bias=wide[3], return_lse=True, implementation="einsum")
+    off = (out - exact).abs().amax(-1).flatten()
+    off_lse = torch.where(lse == exact_lse, 0, (lse - exact_lse) / exact_lse).abs().flatten()
+    return {name: [off[n].item(), off_lse[n].item()] for n, name in enumerate(rows)}
+
+
 def in_torch() -> dict[str, str]:
     """What surrounds the kernels in torch, against einsum."""
     q, k, v = (draw(2, 2, 20, 8, seed=n).requires_grad_() for n in range(3))
@@ -333,7 +359,8 @@ def in_torch() -> dict[str, str]:
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "torch": in_torch, "biases": biases
+    "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "torch": in_torch, "biases": biases,
+    "huge": huge,
 }  # fmt: skip
 
 if __name__ == "__main__":

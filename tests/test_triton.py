@@ -128,6 +128,13 @@ def test_a_bias_has_its_gradient_with_dq() -> None:
     }
 
 
+def test_a_bias_may_be_as_large_as_numbers_go() -> None:
+    """Exponents are taken in powers of 2 where that loses nothing."""
+    for name, (off, of_lse) in interpret("huge").items():
+        assert off < 5e-4, name
+        assert of_lse < 2e-7, name
+
+
 def test_what_the_interpreter_is_not_needed_for() -> None:
     """vmap, compilers, a second derivative, and arrays that lie otherwise or hold nothing, in one process."""
     found = interpret("torch")

@@ -28,6 +28,7 @@ from attend_shared.kernels import plan
 FAR = tl.constexpr(plan.FAR)  # no array reaches as far
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(plan.LOG2E)
+HUGE = tl.constexpr(2.0**29)
 LEAST = tl.constexpr(-3.4028234663852886e38)
 NOTHING = tl.constexpr(float("-inf"))
 PADDED = tl.constexpr(plan.PADDED)  # P is a multiple of it
@@ -133,6 +134,14 @@ def _softcap(x, factor, cap, PRECISE: tl.constexpr):
 @triton.jit
 def _exp(x, BASE2: tl.constexpr):
     return tl.exp2(x) if BASE2 else tl.exp2(x * LOG2E)  # tl.exp would look after denormal numbers as well
+
+
+@triton.jit
+def _unit(m):
+    """In which units exponents are taken where the largest of a row is m: exp2(x unit - m unit), of which m unit is
+    rounded, alike for the whole row. From HUGE on numbers are so far apart that any unit gives 0 or 1.
+    """
+    return tl.where(tl.abs(m) < HUGE, LOG2E, 1.0)
 
 
 @triton.jit
@@ -657,7 +666,9 @@ def forward(
 
     LATE: tl.constexpr = REST or (BASE2 and POSITIVE and not SOFTCAP)  # the factor comes with the exponent
     late = 2 * cap if REST else factor
+    UNITS: tl.constexpr = BIAS and not (PRECISE or BASE2)
     m = tl.full((BM,), NOTHING, tl.float32)
+    unit = _unit(m)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, BDV), tl.float32)
     # every block of keys is, or reads as if it were, so that all may be read in one loop
@@ -731,11 +742,19 @@ def forward(
                     new = tl.maximum(m, tl.max(s, 1) * late)
                     shift = tl.where(new == NOTHING, 0.0, new)
                     p = tl.exp2(s * late - shift[:, None])
+                    shrink = _exp(m - shift, BASE2)
+                elif UNITS:
+                    new = tl.maximum(m, tl.max(s, 1))
+                    now = _unit(new)
+                    shift = tl.where(new == NOTHING, 0.0, new * now)
+                    p = tl.exp2(s * now[:, None] - shift[:, None])
+                    shrink = tl.where(now == unit, tl.exp2(m * unit - shift), 0.0)
+                    unit = now
                 else:
                     new = tl.maximum(m, tl.max(s, 1))
                     shift = tl.where(new == NOTHING, 0.0, new)
                     p = _exp(s - shift[:, None], BASE2)
-                shrink = _exp(m - shift, BASE2)
+                    shrink = _exp(m - shift, BASE2)
                 total = total * shrink + tl.sum(p, 1)
                 if THRESHOLD:
                     quads = at * (BN // 4) + tl.arange(0, BN // 4)
@@ -758,6 +777,10 @@ def forward(
 
     if REST:
         m += cap
+    if UNITS:  # what was subtracted is off by as much as it was rounded by
+        off = tl.exp2(tl.where(m == NOTHING, 0.0, -tl.fma(m, unit, -(m * unit))))
+        total *= off
+        acc *= off[:, None]
     if SPLIT:
         place = (n.to(tl.int64) * tl.num_programs(2) + tl.program_id(2)) * (GROUP * I) + local
         inside = local < GROUP * I
