@@ -216,14 +216,14 @@ def biases() -> dict[str, list[str]]:
         # items, shape of the bias, dtypes of all and of the bias, options
         "of three items, causal": (3, (1, 1, 18, 20), half, half, {"is_causal": True, "q_offset": 0}),
         "rows that see nothing": (2, (1, 1, 18, 20), half, half, {"is_causal": True, "q_offset": -16}),
-        "of each item, lengths and a mask": (2, (2, 1, 18, 20), half, half, {
+        "of each item, lengths and a mask": (2, (2, 1, 18, 20), torch.float32, torch.float32, {
             "mask": mask, "kv_lengths": torch.tensor([17, 0]), "q_lengths": torch.tensor([7, 18])}),
         "finer, softcap and dropout in a window": (2, (1, 1, 18, 20), brain, torch.float32, {
             "window_size": (9, 3), "q_offset": 5, "softcap": 2.0, "dropout": 0.3, "dropout_seed": 5}),
         "key mask": (2, (1, 1, 18, 20), half, half, {"mask": torch.arange(20)[None] % 5 > torch.tensor([[1], [4]])}),
         "of all heads": (2, (1, 1, 18, 20), half, half, {}),
         "of five items": (5, (1, 1, 18, 20), half, half, {}),
-        "float32": (1, (1, 1, 18, 20), torch.float32, torch.float32, {}),
+        "of two items in float32": (2, (1, 1, 18, 20), torch.float32, torch.float32, {}),
     }  # fmt: skip
     together, run, launched = plans._together, triton._run, list[str]()
     found: dict[str, list[str]] = {}

@@ -124,7 +124,7 @@ def test_a_bias_has_its_gradient_with_dq() -> None:
         "key mask": together,
         "of all heads": ["bias_gradients"],
         "of five items": ["bias_gradients"],
-        "float32": ["bias_gradients"],
+        "of two items in float32": ["bias_gradients"],
     }
 
 

@@ -1076,9 +1076,12 @@ def query_and_bias_gradients(
     """dq and dbias of a block of queries, for the ITEMS that have one bias: its tile is read and its gradient written
     once for all of them, and dq has the bits that query_gradients gives it.
     """
-    turns = tl.num_programs(1)
-    block = turns - 1 - tl.program_id(1) if RIGHT else tl.program_id(1)  # the longest rows of all heads first
-    n, first = tl.program_id(0), block * BM
+    # Programs of many items are few: the longest rows of all heads first. Else those first that read the same keys.
+    BLOCKS: tl.constexpr = 1 if ITEMS > 1 else 0
+    block, n = tl.program_id(BLOCKS), tl.program_id(1 - BLOCKS)
+    if RIGHT:
+        block = tl.num_programs(BLOCKS) - 1 - block
+    first = block * BM
     h, h64, first64 = n % H, (n % H).to(tl.int64), first.to(tl.int64)
     rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), tl.arange(0, BN)
     low, high = _reach(q_offset, 0, offset, left, right, OFFSET)

@@ -149,13 +149,16 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("bias_gradients", 2, 128): Tile(64, 64, 8, 2),
     ("bias_gradients", 2, 256): Tile(64, 32, 8, 1),
     ("query_and_bias_gradients", 2, 64): Tile(64, 64, 4, 3),
+    ("query_and_bias_gradients", 2, 128): Tile(64, 64, 4, 2),
     ("query_and_bias_gradients of items", 2, 64): Tile(128, 32, 8, 2),
+    ("query_and_bias_gradients of items", 2, 128): Tile(128, 32, 8, 2),
     ("forward", 4, 64): Tile(64, 32, 4, 2),
     ("forward", 4, 128): Tile(32, 32, 4, 2),
     ("forward", 4, 256): Tile(32, 16, 4, 1),
     ("query_gradients", 4, 64): Tile(32, 32, 4, 2),
     ("query_gradients", 4, 128): Tile(32, 32, 4, 1),
     ("query_gradients", 4, 256): Tile(16, 16, 4, 1),
+    ("query_and_bias_gradients", 4, 64): Tile(32, 32, 4, 2),
     ("key_gradients", 4, 64): Tile(32, 32, 4, 2),
     ("key_gradients", 4, 128): Tile(32, 32, 4, 1),
     ("key_gradients", 4, 256): Tile(16, 16, 4, 1),
@@ -532,22 +535,28 @@ def _together(call: Call, layout: Layout) -> int:
         return 0
     if any(has == 1 < whole for has, whole in zip(call.bias[1:], (call.h, call.i, call.j), strict=True)):
         return 0
-    if call.dtype == "float32" or max(call.d, call.dv) > 64:
-        return 0
     items = call.b if call.bias[0] == 1 else 1
-    most = 4 - (call.bias_dtype != call.dtype or (call.mask is not None and not call.key_masked))
-    return items if items <= (1 if layout.little and not INTERPRETED else most) else 0
+    size = max(64, _padded(call.d), _padded(call.dv))
+    if (_with_items(items), 4 if call.dtype == "float32" else 2, size) not in TILES:
+        return 0
+    most = 256 // size - (call.bias_dtype != call.dtype or (call.mask is not None and not call.key_masked))
+    return items if items == 1 or (items <= most and (INTERPRETED or not layout.little)) else 0
+
+
+def _with_items(items: int) -> str:
+    return "query_and_bias_gradients" + " of items" * (items > 1)
 
 
 def _queries_and_bias(
     call: Call, layout: Layout, shared: _Shared, items: int, more: dict[str, Any], qkv: tuple[int, ...], dbias: Output
 ) -> Launch:
-    size = tile("query_and_bias_gradients" + " of items" * (items > 1), call, layout.little)
+    size = tile(_with_items(items), call, layout.little)
+    blocks, heads = _cdiv(call.i, size.queries), call.b // items * call.h
     constants = shared.constants(size, call.j % size.keys == 0 and not call.kv_lengths) | more
     constants = {name: x for name, x in constants.items()
                  if name not in ("BIAS", "SHARED", "BASE2", "POSITIVE", "PACKED", "SEGMENTS")}  # fmt: skip
     return Launch(
-        "query_and_bias_gradients", (call.b // items * call.h, _cdiv(call.i, size.queries), 1),
+        "query_and_bias_gradients", (heads, blocks, 1) if items > 1 else (blocks, heads, 1),
         (*shared.inputs, shared.seed, "dout", "known"),
         (call.h, call.i, call.j, shared.rows, *qkv, *shared.pairs, *shared.rest, call.scale),
         (Output("dq", shared.shape(call.h, call.i, call.d), call.dtype), dbias),
