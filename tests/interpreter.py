@@ -292,6 +292,53 @@ def huge() -> dict[str, list[float]]:
     return {name: [off[n].item(), off_lse[n].item()] for n, name in enumerate(rows)}
 
 
+
+
+def drawn() -> dict[str, str]:
+    """Whether gradients have the same bits where dropout's decisions are drawn once, in memory that holds something, as
+    where each launch draws its own; and are einsum's.
+    """
+    half = {"dtype": torch.float16}
+    calls: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+        "rows of heads, odd sizes": ((1, 2, 1, 21, 230, 8), {}),
+        "causal at an offset": ((2, 1, 1, 130, 190, 8), {"is_causal": True, "q_offset": torch.tensor([70, -90])}),
+        "a window": ((1, 1, 1, 150, 300, 8), {"window_size": (20, 3), "q_offset": 140, **half}),
+        "lengths": ((2, 1, 1, 140, 150, 8), {
+            "q_lengths": torch.tensor([20, 140]), "kv_lengths": torch.tensor([150, 9])}),
+        "bias, mask and sinks": ((1, 2, 1, 9, 34, 8), {
+            "bias": draw(1, 2, 9, 34, seed=1), "sinks": draw(2, seed=2), "mask": draw(1, 1, 9, 34, seed=3) > -1,
+            **half}),
+        "key mask and segments": ((1, 1, 1, 40, 40, 8), {
+            "mask": draw(1, 40, seed=4) > 0, "softcap": 3.0, "q_segment_ids": torch.arange(40)[None] // 15,
+            "kv_segment_ids": torch.arange(40)[None] // 15}),
+        "dk and dv in two passes": ((1, 1, 1, 12, 34, 136), {"is_causal": True, "q_offset": 22, **half}),
+    }  # fmt: skip
+    found, once, empty = {}, plans.draws_once, triton._empty
+    for name, ((b, h, hk, i, j, d), options) in calls.items():
+        dtype = options.pop("dtype", torch.float32)
+        inputs = {"q": draw(b, h, i, d), "k": draw(b, hk, j, d, seed=5), "v": draw(b, hk, j, d, seed=6)}
+        inputs = {what: x.to(dtype).requires_grad_() for what, x in inputs.items()}
+        inputs |= {what: options.pop(what).requires_grad_() for what in ("bias", "sinks") if what in options}
+
+        def gradients(implementation: str, inputs: Any = inputs, options: Any = options) -> tuple[torch.Tensor, ...]:
+            out = attend(**inputs, **options, dropout=0.3, dropout_seed=99, implementation=implementation)
+            return torch.autograd.grad(out, tuple(inputs.values()), draw(*out.shape, seed=7).to(out.dtype))
+
+        results = []
+        for how, filled in ((False, 0), (True, -1)):
+            plans.plan.cache_clear()
+            triton._plan.cache_clear()
+            plans.draws_once = lambda _, how=how: how
+            triton._empty = lambda *x, filled=filled: empty(*x).fill_(filled) if x[2] == torch.int32 else empty(*x)
+            results.append(gradients("triton"))
+        plans.draws_once, triton._empty = once, empty
+        same = all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+        others = gradients("einsum")
+        off = max((x.float() - y.float()).abs().max() / y.abs().max() for x, y in zip(results[1], others, strict=True))
+        found[name] = "ok" if same and off < (1e-5 if dtype == torch.float32 else 5e-3) else f"same: {same}, off: {off}"
+    return found
+
+
 def in_torch() -> dict[str, str]:
     """What surrounds the kernels in torch, against einsum."""
     q, k, v = (draw(2, 2, 20, 8, seed=n).requires_grad_() for n in range(3))
@@ -359,8 +406,8 @@ def in_torch() -> dict[str, str]:
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "torch": in_torch, "biases": biases,
-    "huge": huge,
+    "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "drawn": drawn, "torch": in_torch,
+    "biases": biases, "huge": huge,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -135,6 +135,12 @@ def test_a_bias_may_be_as_large_as_numbers_go() -> None:
         assert of_lse < 2e-7, name
 
 
+def test_dropout_drawn_once_gives_the_same_bits() -> None:
+    found = interpret("drawn")
+    assert len(found) == 7
+    assert found == dict.fromkeys(found, "ok")
+
+
 def test_what_the_interpreter_is_not_needed_for() -> None:
     """vmap, compilers, a second derivative, and arrays that lie otherwise or hold nothing, in one process."""
     found = interpret("torch")
@@ -267,6 +273,49 @@ def test_an_address_that_a_parameter_reaches_on_one_way_is_found() -> None:
     """
     assert foreign_addresses(listing) == ["0080: UR6 of ULDC.64 UR6, c[0x0][0x220]"]
     assert foreign_addresses(listing.replace("@P4 BRA", "BRA")) == []
+
+
+@pytest.mark.parametrize(
+    ("b", "h", "hk", "i", "j", "d", "dropout", "once"),
+    [
+        (4, 16, 16, 4096, 4096, 64, 0.1, True),  # as many bytes as q, k, v and out have
+        (4, 16, 16, 4097, 4096, 64, 0.1, False),
+        (4, 16, 16, 8192, 8192, 128, 0.1, True),
+        (1, 32, 8, 4096, 4096, 128, 0.1, True),
+        (1, 32, 1, 4096, 4096, 64, 0.1, False),
+        (4, 16, 16, 4096, 4096, 64, 0.0, False),
+        (1, 1, 1, 512, 512, 64, 0.1, False),  # a launch costs more
+    ],
+)
+def test_dropout_is_drawn_once_where_that_takes_no_more_memory_than_the_inputs(
+    b: int, h: int, hk: int, i: int, j: int, d: int, dropout: float, once: bool
+) -> None:
+    q, k = (torch.empty(b, heads, n, d, dtype=torch.bfloat16, device="meta") for heads, n in ((h, i), (hk, j)))
+    call = call_of(q=q, k=k, v=k, dropout=dropout, **({"dropout_seed": 1} if dropout else {}))
+    assert plans.draws_once(call) == once
+    plan = plans.plan(call, plans.Layout(q.stride()[:3], k.stride()[:3], k.stride()[:3]))
+    made = {each.kernel: each.outputs for each in plan.backward(q.stride()[:3], False, False, False)}
+    assert ("draw" in made) == once
+    if once:
+        inputs = 2 * 2 * (q.numel() + k.numel())
+        assert 4 * int(np.prod(made["draw"][0].shape)) <= inputs
+    assert "draw" not in {each.kernel for each in plan.forward}
+
+
+def test_what_reads_drawn_bits_compiles_for_a_gpu() -> None:
+    q = torch.empty(4, 16, 2048, 64, dtype=torch.bfloat16, device="meta")
+    lengths = torch.empty(4, dtype=torch.int64, device="meta")
+    given = {"q": q, "k": q, "v": q, "kv_lengths": lengths, "q_lengths": lengths, "dropout_seed": 1}
+    call = call_of(**given, dropout=0.1, window_size=(500, 9))
+    strides = q.stride()[:3]
+    launches = plans.plan(call, plans.Layout(strides, strides, strides)).backward(strides, False, False, False)
+    dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype) | dict.fromkeys(("q_lengths", "kv_lengths"), "int64")
+    dtypes |= {"known": "float32", "drawn": "int32", "dropout_seed": "int64"}
+    assert [each.kernel for each in launches] == ["row_sums", "draw", "query_gradients", "key_gradients"]
+    for launch in launches[1:]:
+        ptx = compile_for_hopper(launch, dtypes).asm["ptx"]
+        multiplied = any(str(number) in ptx for number in (0xD2511F53, 2**32 - 0xD2511F53))  # by Philox
+        assert multiplied == (launch.kernel == "draw")
 
 
 @pytest.mark.parametrize("d", [128, 256])

@@ -212,12 +212,11 @@ def _where_drawn(word, threshold: tl.constexpr, x):
 
 @triton.jit
 def _drawn_bits(
-    seed, b, h, rows, quads, threshold: tl.constexpr, QUADS: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr
+    k0, k1, b, h, rows, quads, threshold: tl.constexpr, QUADS: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
     """Which words are at least the threshold, for a tile of keys by R queries, a bit each: (PARTS, 1, R), of 4 QUADS
     keys. rows, quads: the first ones. A thread draws all that go into a number, and only such numbers are moved.
     """
-    k0, k1 = _seed(seed)
     place, quad = tl.arange(0, PARTS * R)[None, :], tl.arange(0, QUADS)[:, None]
     quads, rows = (quads + place // R * QUADS + quad).to(tl.uint32), (rows + place % R).to(tl.uint32)
     w0, w1, w2, w3 = _philox(quads, rows, h.to(tl.uint32), b.to(tl.uint32), k0, k1)
@@ -266,6 +265,34 @@ def _where_bit(bits, bit, x):
         }""",
         "=f,r,r,f", [bits, bit, x], dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
+
+
+@triton.jit
+def _bits_by_query(drawn, of_head, rows, first, P, BN: tl.constexpr):
+    """What `draw` left for a tile of queries by BN keys from the first on. of_head: words before those of the head."""
+    place = drawn + of_head + (first // 32).to(tl.int64) * P + rows
+    bits = tl.load(place)[:, None]
+    for part in tl.static_range(1, BN // 32):
+        bits = tl.where(tl.arange(0, BN)[None, :] < 32 * part, bits, tl.load(place + part * P)[:, None])
+    return bits
+
+
+@triton.jit
+def _bits_by_key(drawn, of_head, rows, first, P, BN: tl.constexpr, BM: tl.constexpr):
+    """The same for BN keys by BM queries."""
+    PARTS: tl.constexpr = BN // 32 if BN > 32 else 1
+    place = drawn + of_head + (first // 32).to(tl.int64) * P
+    bits = tl.load(place + tl.arange(0, PARTS)[:, None] * P + rows[None, :])
+    bits = tl.broadcast_to(tl.reshape(bits, (PARTS, 1, BM)), (PARTS, BN // PARTS, BM))
+    return tl.reshape(bits, (BN, BM))
+
+
+@triton.jit
+def _where_kept(bits, keys, x, NEAR: tl.constexpr):
+    """x where the bit of a key is set, else 0. NEAR: as in `_columns`, so that two bits become predicates at once."""
+    if NEAR:
+        return _where_bit(bits >> (keys & 12), 1 << (keys & 19), x)
+    return _where_bit(bits, 1 << (keys & 31), x)
 
 
 @triton.jit
@@ -913,6 +940,41 @@ def _store_rows(
 
 
 @triton.jit
+def draw(
+    seed, q_lengths, kv_lengths, q_offset, H, I, J, P, offset, left, right, drawn,
+    BM: tl.constexpr, TURN: tl.constexpr, TURNS: tl.constexpr, WORDS: tl.constexpr, THRESHOLD: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
+):  # fmt: skip
+    """What dropout keeps, once for all that need it on the way back: (b, h, WORDS, P), a bit for each of 32 keys.
+    PADDED queries by PADDED keys of which no position is allowed are left out: no block in them is visited.
+
+    TURN: words at a time; TURNS: how often, in a program.
+    """
+    block, n, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, h = n // H, n % H
+    first = block * BM
+    corner = first - first % PADDED
+    low, high = _reach(q_offset, b, offset, left, right, OFFSET)
+    start, stop = part * TURN * TURNS, tl.minimum((part + 1) * TURN * TURNS, WORDS)
+    EACH: tl.constexpr = PADDED // 32
+    if LEFT:
+        start = tl.maximum(start, _blocks(corner + low, PADDED) * EACH)
+    if RIGHT:
+        stop = tl.minimum(stop, _blocks_up(corner + PADDED + high, PADDED) * EACH)
+    if KV_LENGTHS:
+        stop = tl.minimum(stop, _blocks_up(length_of(kv_lengths, b, J, KV_LENGTHS), PADDED) * EACH)
+    if Q_LENGTHS:
+        stop = tl.where(corner < length_of(q_lengths, b, I, Q_LENGTHS), stop, 0)
+    rows, words = tl.arange(0, BM)[None, :], tl.arange(0, TURN)[:, None]
+    k0, k1 = _seed(seed)
+    drawn += n.to(tl.int64) * WORDS * P + first
+    for turn in range(tl.cdiv(tl.maximum(stop - start, 0), TURN)):
+        word = start + turn * TURN
+        bits = _drawn_bits(k0, k1, b, h, first, word * 8, THRESHOLD, 8, TURN, BM)
+        tl.store(drawn + word.to(tl.int64) * P + words * P + rows, tl.reshape(bits, (TURN, BM)))
+
+
+@triton.jit
 def query_gradients(
     q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, listed, before,
     bounds, dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
@@ -925,9 +987,12 @@ def query_gradients(
     ALIVE: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     SHARED: tl.constexpr, SOFTCAP: tl.constexpr,
     THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr,
-    PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    PRECISE: tl.constexpr, WIDEN: tl.constexpr, DRAWN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """dq of a block of queries, over the blocks of keys that the way forward visited."""
+    """dq of a block of queries, over the blocks of keys that the way forward visited.
+
+    DRAWN, here and below: in the place of the seed stands what `draw` left, WORDS for each query.
+    """
     turns = tl.num_programs(0)
     block = turns - 1 - tl.program_id(0) if RIGHT else tl.program_id(0)
     n = _item_and_head(H, SHARED)
@@ -935,7 +1000,7 @@ def query_gradients(
     b64, h64 = b.to(tl.int64), h.to(tl.int64)
     first = block * BM
     first64 = first.to(tl.int64)
-    NEAR: tl.constexpr = THRESHOLD > 0 and not (MASK or BIAS or PRECISE)
+    NEAR: tl.constexpr = THRESHOLD > 0 and not (MASK or BIAS or PRECISE)  # drawn or not: one order of sums
     rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), _columns(BN, NEAR)
     REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
     i_end, j_end, low, high, start, whole_from, whole_to, stop, behind, seen_from, seen_to = _visited_keys(
@@ -967,7 +1032,8 @@ def query_gradients(
     ONE: tl.constexpr = FULL and CUTS and not (REST or PACKED)
     BEFORE: tl.constexpr = (FRONT or ALIVE or PACKED) and not ONE
     AFTER: tl.constexpr = (CUTS or not FULL) and not ONE
-    LATE: tl.constexpr = BASE2 and POSITIVE and not (SOFTCAP or THRESHOLD)
+    LATE: tl.constexpr = BASE2 and POSITIVE and not (SOFTCAP or (THRESHOLD and not DRAWN))
+    CUT_LAST: tl.constexpr = THRESHOLD > 0 and not LATE  # fewer registers; and drawn or not, one order of roundings
     FEW: tl.constexpr = ALIVE and BD <= 64 and not (PRECISE or MASK or BIAS)  # as forward
     FAR_APART: tl.constexpr = PACKED and BD == 128 and not PRECISE
     AHEAD: tl.constexpr = 2 if FEW else (5 if FAR_APART else None)
@@ -1010,6 +1076,8 @@ def query_gradients(
                     v + of_block * VN, of_key[None, :] * VN, tl.arange(0, BDV)[:, None], alive[None, :],
                     DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
+                if DRAWN:
+                    bits = _bits_by_query(seed, n.to(tl.int64) * WORDS * P, rows, begin, P, BN)
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if BIAS:
                     added = _pairs(
@@ -1022,7 +1090,7 @@ def query_gradients(
                     s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST,
                     (stage == 1) and not MASK,
                 )  # fmt: skip
-                if not THRESHOLD and _is_cut(
+                if not CUT_LAST and _is_cut(
                     turn, seen_from, seen_to, stage, ONE or (PACKED and not (REST and stage == 1)), FRONT,
                     BEHIND and (RIGHT or SEGMENTS or stage != 1),
                 ):  # fmt: skip
@@ -1037,14 +1105,16 @@ def query_gradients(
                 if LATE:
                     s = s * factor
                 p = _exp(s - m, BASE2)  # times 1 / total at the end, unless m has it
-                if THRESHOLD and _is_cut(turn, seen_from, seen_to, stage, ONE, FRONT, BEHIND):  # fewer registers
+                if CUT_LAST and _is_cut(turn, seen_from, seen_to, stage, ONE, FRONT, BEHIND):
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
                     p = _cut(
                         p, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :],
                         alive[None, :], 0.0, LEFT, RIGHT, SEGMENTS, not FULL,
                     )  # fmt: skip
                 dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
-                if THRESHOLD:
+                if DRAWN:
+                    dp = _where_kept(bits, (columns if BN >= 32 else begin + columns)[None, :], dp, NEAR)
+                elif THRESHOLD:
                     quads = at * (BN // 4) + tl.arange(0, BN // 4)
                     dp = _where_drawn(_drawn(seed, b, h, rows, quads, BM, BN, NEAR), THRESHOLD, dp)
                 ds = p * (dp - slope)
@@ -1199,7 +1269,8 @@ def key_gradients(
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
     ALIVE: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
     SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, DRAWN: tl.constexpr, WORDS: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, over the heads that read it and the blocks of queries that see it.
 
@@ -1246,7 +1317,8 @@ def key_gradients(
 
     FRONT: tl.constexpr = RIGHT or SEGMENTS
     BEHIND: tl.constexpr = LEFT or SEGMENTS
-    ONE: tl.constexpr = (FRONT or BEHIND) and BD < 128 and BDV < 128 and not THRESHOLD
+    LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP
+    ONE: tl.constexpr = (FRONT or BEHIND) and BD < 128 and BDV < 128 and ((DRAWN and LATE) or not THRESHOLD)
     if BIAS or MASK:  # as in query_gradients
         unseen = (start >= stop) if FRONT or BEHIND else (whole_from >= whole_to)
         if unseen:
@@ -1272,7 +1344,6 @@ def key_gradients(
 
     BEFORE: tl.constexpr = FRONT and not ONE
     AFTER: tl.constexpr = BEHIND and not ONE
-    LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP
     for member in range(GROUP):
         h = hk * GROUP + member
         h64 = h.to(tl.int64)
@@ -1313,6 +1384,8 @@ def key_gradients(
                         alive_rows[:, None], DV, BDV, EVEN,
                     )  # fmt: skip
                     m, slope, one, power = _known(known, of_head + rows)
+                    if DRAWN:
+                        bits = _bits_by_key(seed, of_head * WORDS, rows, first, P, BN, BM)
                     s = _dot(tile_k, tile_q, tl.zeros((BN, BM), tl.float32), WIDEN)
                     s, capped = _logits(
                         s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST, False
@@ -1336,8 +1409,11 @@ def key_gradients(
                     if KEYS:
                         dp = _dot(tile_v, tl.trans(tile_do), tl.zeros((BN, BM), tl.float32), WIDEN)
                     dropped = p
-                    if THRESHOLD:
-                        bits = _drawn_bits(seed, b, h, begin, first // 4, THRESHOLD, QUADS, BN // (4 * QUADS), BM)
+                    if DRAWN:
+                        dropped = _where_kept(bits, (columns if BN >= 32 else first + columns)[:, None], p, False)
+                    elif THRESHOLD:
+                        k0, k1 = _seed(seed)
+                        bits = _drawn_bits(k0, k1, b, h, begin, first // 4, THRESHOLD, QUADS, BN // (4 * QUADS), BM)
                         bits = tl.reshape(tl.broadcast_to(bits, (BN // (4 * QUADS), 4 * QUADS, BM)), (BN, BM))
                         dropped = _where_bit(bits, (1 << (columns % (4 * QUADS)))[:, None], p)
                     if VALUES:
@@ -1391,8 +1467,8 @@ def bias_gradients(
     DON: tl.constexpr, MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, ALIVE: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, ALL_B: tl.constexpr, ALL_H: tl.constexpr,
-    ALL_I: tl.constexpr, ALL_J: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, DRAWN: tl.constexpr, WORDS: tl.constexpr,
+    ALL_B: tl.constexpr, ALL_H: tl.constexpr, ALL_I: tl.constexpr, ALL_J: tl.constexpr,
 ):  # fmt: skip
     """A tile of dbias: the sum over the axes along which the bias is one for all (ALL_), in one order."""
     item_head = tl.program_id(2)
@@ -1471,7 +1547,10 @@ def bias_gradients(
         m, slope, one, _ = _known(known, of_row)
         p = _exp(s - m[:, None], False) * one[:, None]
         dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
-        if THRESHOLD:
+        if DRAWN:
+            bits = _bits_by_query(seed, (b64 * H + h64) * WORDS * P, rows, first_j, P, BN)
+            dp = _where_kept(bits, (columns if BN >= 32 else first_j + columns)[None, :], dp, False)
+        elif THRESHOLD:
             quads = first_j // 4 + tl.arange(0, BN // 4)
             dp = _where_drawn(_drawn(seed, b, h, rows, quads, BM, BN, False), THRESHOLD, dp)
         acc += p * (dp - slope[:, None])

@@ -181,6 +181,9 @@ WORDS = 32  # of a bit for each key, that a program of pack_keys does
 MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
+DRAWN = Tile(128, 128, 1, 1) if INTERPRETED else Tile(128, 32, 1, 1)  # of `draw`, at a time
+DRAWN_TURNS = 4 if INTERPRETED else 16
+MUCH_DRAWN = 0 if INTERPRETED else 2**22  # pairs, from which on drawing them anew costs more than a launch
 PROGRAMS = 8 * 132  # that fill a GPU
 PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
 
@@ -284,6 +287,23 @@ def _key_passes(call: Call) -> tuple[tuple[str, bool, bool], ...]:
     if call.dtype == "float32" or max(_padded(call.d), _padded(call.dv)) < 256:
         return (("key_gradients", True, True),)
     return ("value_gradients", False, True), ("key_gradients", True, False)
+
+
+def draws_once(call: Call) -> bool:
+    """Whether the way back has dropout's decisions drawn by one launch for all others, with the same results.
+
+    They take a bit each, in memory: no more than q, k, v and out take together, so that memory is linear in these. And
+    not where one launch more costs as much as it saves.
+    """
+    if not call.dropout or (call.b * call.h * call.i * call.j < MUCH_DRAWN):
+        return False
+    inputs = call.b * (call.d + call.dv) * (call.h * call.i + call.hk * call.j) * (4 if call.dtype == "float32" else 2)
+    return 4 * call.b * call.h * words(call) * padded_rows(call.i) <= inputs
+
+
+def words(call: Call) -> int:
+    """The words of 32 keys that `draw` has for a query: as many as whole blocks of keys have, of any kernel."""
+    return _cdiv(call.j, PADDED) * (PADDED // 32)
 
 
 def _exact(call: Call) -> bool:
@@ -553,14 +573,29 @@ def _queries_and_bias(
     size = tile(_with_items(items), call, layout.little)
     blocks, heads = _cdiv(call.i, size.queries), call.b // items * call.h
     constants = shared.constants(size, call.j % size.keys == 0 and not call.kv_lengths) | more
-    constants = {name: x for name, x in constants.items()
-                 if name not in ("BIAS", "SHARED", "BASE2", "POSITIVE", "PACKED", "SEGMENTS")}  # fmt: skip
+    foreign = "BIAS", "SHARED", "BASE2", "POSITIVE", "PACKED", "SEGMENTS", "DRAWN", "WORDS"  # it draws for itself
+    constants = {name: x for name, x in constants.items() if name not in foreign}
     return Launch(
         "query_and_bias_gradients", (heads, blocks, 1) if items > 1 else (blocks, heads, 1),
         (*shared.inputs, shared.seed, "dout", "known"),
         (call.h, call.i, call.j, shared.rows, *qkv, *shared.pairs, *shared.rest, call.scale),
         (Output("dq", shared.shape(call.h, call.i, call.d), call.dtype), dbias),
         constants | {"BNHD": shared.bnhd, "ITEMS": items, "EIGHT": 1 if call.j % 8 else 8}, size.warps, size.stages,
+    )  # fmt: skip
+
+
+def _draw(call: Call, layout: Layout, shared: _Shared) -> Launch:
+    size = DRAWN
+    turns = size.keys // 32
+    return Launch(
+        "draw", (shared.rows // size.queries, call.b * call.h, _cdiv(words(call), turns * DRAWN_TURNS)),
+        (shared.seed, "q_lengths" if call.q_lengths else None, "kv_lengths" if call.kv_lengths else None,
+         "q_offset" if layout.offset else None),
+        (call.h, call.i, call.j, shared.rows, *shared.rest[:3]),
+        (Output("drawn", (call.b, call.h, words(call), shared.rows), "int32"),),
+        {"BM": size.queries, "TURN": turns, "TURNS": DRAWN_TURNS, "WORDS": words(call),
+         "THRESHOLD": threshold(call.dropout), "LEFT": call.left is not None, "RIGHT": call.right is not None,
+         "OFFSET": layout.offset, "Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths}, size.warps, size.stages,
     )  # fmt: skip
 
 
@@ -588,10 +623,13 @@ def _backward(
             "sum_sinks", (h, 1, 1), ("partial",), (h, b, blocks), (Output("dsinks", (h,), call.sinks),),
             {"BLOCK": MANY}, 4, 1,
         ))  # fmt: skip
-    base = (*shared.inputs, shared.seed)
+    once = draws_once(call)
+    if once:
+        launches.append(_draw(call, layout, shared))
+    base = (*shared.inputs, "drawn" if once else shared.seed)
     saved = ("dout", "known")
     size = tile("query_gradients", call, layout.little)
-    more = {"UNIT": unit, "DON": dout[2]}
+    more = {"UNIT": unit, "DON": dout[2], "DRAWN": once, "WORDS": words(call) if once else 0}
     constants = shared.constants(size, j % size.keys == 0 and not call.kv_lengths) | more
     dbias, together = None, 0
     if wants_bias and call.bias is not None and call.bias_dtype is not None:
