@@ -133,6 +133,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("forward", 2, 128): Tile(64, 64, 4, 3),
     ("forward", 2, 256): Tile(128, 64, 8, 2),
     ("forward with dropout", 2, 64): Tile(64, 64, 4, 2),
+    ("forward with dropout", 2, 128): Tile(64, 64, 4, 2),
     ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("query_gradients with a window", 2, 128): Tile(64, 64, 4, 2),
     ("query_gradients", 2, 128): Tile(128, 64, 8, 3),
@@ -181,8 +182,8 @@ WORDS = 32  # of a bit for each key, that a program of pack_keys does
 MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
-DRAWN = Tile(128, 128, 1, 1) if INTERPRETED else Tile(128, 32, 1, 1)  # of `draw`, at a time
-DRAWN_TURNS = 4 if INTERPRETED else 16
+DRAWN = Tile(128, 128, 1, 1) if INTERPRETED else Tile(128, 32, 2, 1)  # of `draw`, at a time
+DRAWN_TURNS = 4  # times, in a program
 MUCH_DRAWN = 0 if INTERPRETED else 2**22  # pairs, from which on drawing them anew costs more than a launch
 PROGRAMS = 8 * 132  # that fill a GPU
 PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
