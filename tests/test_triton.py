@@ -241,8 +241,11 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
     for launch in launches:
         compiled = compile_for_hopper(launch, dtypes)
         if launch.kernel in ("forward", "query_gradients", "key_gradients", "query_and_bias_gradients"):
-            assert ("wgmma.mma_async" in compiled.asm["ptx"]) == (call.dtype == "bfloat16")
+            small = launch.constants["BM"] < 64 and launch.kernel == "query_and_bias_gradients"
+            assert ("wgmma.mma_async" in compiled.asm["ptx"]) != small
+            assert ("cvt.rz.bf16x2.f32" in compiled.asm["ptx"]) == (call.dtype == "float32")
             assert "tf32" not in compiled.asm["ptx"]
+            assert compiled.metadata.shared <= 227 * 1024
             assert foreign_addresses(disassembled(compiled.asm["cubin"])) == []
 
 
@@ -329,6 +332,21 @@ def test_what_has_little_shared_memory_gets_smaller_blocks(d: int) -> None:
         dtypes |= {output.name: output.dtype for output in launch.outputs}
         if launch.kernel in ("forward", "key_gradients"):
             assert compile_for_hopper(launch, dtypes, 86).metadata.shared <= 99 * 1024
+
+
+def test_float32_is_multiplied_in_full_where_sums_of_shorter_products_were_not_tried() -> None:
+    call = call_of(**{name: torch.empty(2, 4, 96, 64, device="meta") for name in "qkv"})
+    x = (4 * 96 * 64, 96 * 64, 64)
+    half, long = call._replace(dtype="bfloat16"), call._replace(dv=256)
+    little = {each: [plans.is_little(of, each) for of in (call, half, long)] for each in ("8.0", "9.0", "10.0", "")}
+    assert little == {"8.0": [True] * 3, "9.0": [False, False, True], "10.0": [True, False, True], "": [True] * 3}
+    dtypes = dict.fromkeys(("q", "k", "v"), call.dtype)
+    plan = plans.plan(call, plans.Layout(x, x, x, little=True))
+    dtypes |= {output.name: output.dtype for output in plan.forward[-1].outputs}
+    compiled = compile_for_hopper(plan.forward[-1], dtypes, 86)
+    assert "mma." not in compiled.asm["ptx"]
+    assert "bf16" not in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 99 * 1024
 
 
 LONG = {name: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") for name in "qkv"}

@@ -333,7 +333,7 @@ def _plan(
     call: Call, q: tuple, k: tuple, v: tuple, mask: tuple | None, bias: tuple | None, offset: int, at: int, one_id: bool
 ) -> _Plan:
     """For arrays of these strides; the others as in `Layout`."""
-    little = capability() not in plans.MUCH_SHARED
+    little = plans.is_little(call, capability())
     gluon = plans.runs_gluon(capability())
     return _Plan(call, Layout(q[:3], k[:3], v[:3], mask, bias, offset, at, one_id, little, gluon))
 

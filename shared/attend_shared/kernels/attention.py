@@ -36,14 +36,51 @@ INTERPRETED = tl.constexpr(plan.INTERPRETED)
 
 
 @triton.jit
+def _thirds(x):
+    """float32 as the sum of three of bfloat16. The first is cut, not rounded: it is infinite only where x is, and its
+    product with another such overflows wherever those of the others do, to the same side. The others of an infinity are
+    NaN.
+    """
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .f32 a, b, c, d;
+            cvt.rz.bf16x2.f32 $0, $4, $3;
+            shl.b32 a, $0, 16;
+            and.b32 b, $0, 0xffff0000;
+            sub.f32 a, $3, a;
+            sub.f32 b, $4, b;
+            cvt.rn.bf16x2.f32 $1, b, a;
+            shl.b32 c, $1, 16;
+            and.b32 d, $1, 0xffff0000;
+            sub.f32 a, a, c;
+            sub.f32 b, b, d;
+            cvt.rn.bf16x2.f32 $2, b, a;
+        }""",
+        "=&r,=&r,=r,r,r", [x], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
 def _dot(a, b, acc, WIDEN: tl.constexpr):
-    """a b + acc, products of float32 in full. WIDEN: the interpreter knows no products of bfloat16."""
-    if WIDEN:
+    """a b + acc, products of float32 in full. WIDEN: 1: the interpreter knows no products of bfloat16; 2: those of
+    float32 are put together from six of bfloat16, which leave out what is below 2^-25 of each.
+    """
+    if WIDEN == 1:
         a, b = a.to(tl.float32), b.to(tl.float32)
     if a.dtype == tl.float32:
-        # Each block is summed apart: one chain of additions over thousands of keys would lose three bits. The number
-        # means nothing here, but with one the compiler leaves the sum as it is.
-        return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
+        # Each block is summed apart: one chain of additions over thousands of keys would lose three bits.
+        if WIDEN == 2:
+            a0, a1, a2 = _thirds(a)
+            b0, b1, b2 = _thirds(b)
+            rest = tl.dot(a0, b2)  # the smallest first
+            rest = tl.dot(a2, b0, rest)
+            rest = tl.dot(a1, b1, rest)
+            rest = tl.dot(a0, b1, rest)
+            rest = tl.dot(a1, b0, rest)
+            rest = tl.maximum(rest, LEAST / 32)  # NaN of infinities: the last product alone says what these give
+            return acc + tl.dot(a0, b0, rest)
+        else:  # the number means nothing here, but with one the compiler leaves the sum as it is
+            return acc + tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
 

@@ -98,7 +98,7 @@ class Layout(NamedTuple):
         offset: 0 where q_offset is a number (`at`), 1 where it is an array (), 2 where it is (b,).
         at: q_offset where it is a number.
         one_id: whether q_segment_ids and kv_segment_ids are the same array.
-        little: whether a program of this GPU has less than 200 KB of shared memory.
+        little: whether a program of this GPU has less than 200 KB of shared memory, or float32 only products in full.
         gluon: whether this GPU runs the kernels of `hopper`; the rows of what those take must begin at multiples of 16
             bytes.
     """
@@ -153,15 +153,15 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("query_and_bias_gradients", 2, 128): Tile(64, 64, 4, 2),
     ("query_and_bias_gradients of items", 2, 64): Tile(128, 32, 8, 2),
     ("query_and_bias_gradients of items", 2, 128): Tile(128, 32, 8, 2),
-    ("forward", 4, 64): Tile(64, 32, 4, 2),
-    ("forward", 4, 128): Tile(32, 32, 4, 2),
+    ("forward", 4, 64): Tile(64, 64, 4, 3),
+    ("forward", 4, 128): Tile(64, 64, 4, 1),
     ("forward", 4, 256): Tile(32, 16, 4, 1),
-    ("query_gradients", 4, 64): Tile(32, 32, 4, 2),
-    ("query_gradients", 4, 128): Tile(32, 32, 4, 1),
+    ("query_gradients", 4, 64): Tile(64, 64, 4, 1),
+    ("query_gradients", 4, 128): Tile(128, 32, 8, 1),
     ("query_gradients", 4, 256): Tile(16, 16, 4, 1),
     ("query_and_bias_gradients", 4, 64): Tile(32, 32, 4, 2),
-    ("key_gradients", 4, 64): Tile(32, 32, 4, 2),
-    ("key_gradients", 4, 128): Tile(32, 32, 4, 1),
+    ("key_gradients", 4, 64): Tile(64, 64, 4, 2),
+    ("key_gradients", 4, 128): Tile(32, 128, 8, 1),
     ("key_gradients", 4, 256): Tile(16, 16, 4, 1),
     ("bias_gradients", 4, 64): Tile(32, 32, 4, 2),
     ("bias_gradients", 4, 128): Tile(32, 32, 4, 1),
@@ -174,12 +174,22 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("split", 4, 128): Tile(32, 32, 4, 2),
     ("split", 4, 256): Tile(16, 16, 4, 2),
 }
+IN_FULL: dict[tuple[str, int], Tile] = {
+    # of float32 where its products are not put together from those of bfloat16: (kernel, as above)
+    ("forward", 64): Tile(64, 32, 4, 2),
+    ("forward", 128): Tile(32, 32, 4, 2),
+    ("query_gradients", 64): Tile(32, 32, 4, 2),
+    ("query_gradients", 128): Tile(32, 32, 4, 1),
+    ("key_gradients", 64): Tile(32, 32, 4, 2),
+    ("key_gradients", 128): Tile(32, 32, 4, 1),
+}
 PLAIN = Tile(128, 128, 4, 2)  # of hopper.plain: queries of a program, warps of each group, stages of keys and of values
 MANY_KEYS = 2048  # from which on it is faster: there is one program of it a multiprocessor, whose start nothing hides
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
 MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
+BY_THIRDS = ("9.0",)  # where products of float32 are put together from those of bfloat16; 10.0 has no room for the sums
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
 DRAWN = Tile(128, 128, 1, 1) if INTERPRETED else Tile(128, 32, 2, 1)  # of `draw`, at a time
@@ -199,6 +209,13 @@ def runs_gluon(capability: str) -> bool:
     return capability == "9.0" and release[:2] == (3, 6) and not INTERPRETED  # Gluon changes with each release
 
 
+def is_little(call: Call, capability: str) -> bool:
+    """What `Layout` has as `little`, for a GPU of this compute capability."""
+    if call.dtype == "float32":  # in whose tiles for rows of 256 the parts of an operand fill the registers
+        return capability not in BY_THIRDS or max(call.d, call.dv) > 128
+    return capability not in MUCH_SHARED
+
+
 def refusal(call: Call) -> str | None:
     """Why the kernels cannot serve this call on any device, or None."""
     if call.dtype == "float64":
@@ -209,7 +226,7 @@ def refusal(call: Call) -> str | None:
 
 
 def tile(kernel: str, call: Call, little: bool = False) -> Tile:
-    """The sizes of a kernel's blocks for a call; little: a program has less than 200 KB of shared memory."""
+    """The sizes of a kernel's blocks for a call; little: as in `Layout`."""
     if INTERPRETED:
         return SMALL_TILES[call.i * call.j > 64**2]
     width, size = 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))
@@ -218,7 +235,9 @@ def tile(kernel: str, call: Call, little: bool = False) -> Tile:
     with_bias = kernel + " with a bias" * (call.bias is not None)
     found = next(TILES[key] for key in ((name, width, size) for name in (kernel + with_what, with_bias, kernel))
                  if key in TILES)  # fmt: skip
-    if little and width == 2:
+    if little and width == 4:
+        return IN_FULL.get((kernel, size), found)
+    if little:
         return Tile(min(found.queries, 64 if size < 256 else 32), 32, 4, 2 if size < 256 else 1)
     return found
 
@@ -505,6 +524,13 @@ class _Shared:
         return (self.call.b, length, heads, size) if self.bnhd else (self.call.b, heads, length, size)
 
     @property
+    def _widen(self) -> int:
+        """What `_dot` is to do about what tensor cores, or the interpreter, have no products of."""
+        if INTERPRETED:
+            return int(self.call.dtype == "bfloat16")
+        return 2 if self.call.dtype == "float32" and not self.layout.little else 0
+
+    @property
     def lists(self) -> tuple[str | None, ...]:
         """What says which blocks of keys, or which keys, are visited."""
         listed = ("listed", "before") if self.ahead.listed or self.ahead.packed else (None, None)
@@ -534,7 +560,7 @@ class _Shared:
             "BIAS": call.bias is not None, "SHARED": call.bias is not None and call.bias[0] < call.b,
             "SOFTCAP": call.softcap is not None, "THRESHOLD": threshold(call.dropout) if call.dropout else 0,
             "BASE2": self.base2, "POSITIVE": call.scale > 0, "EVEN": even, "EVEN_KEYS": call.j % size.keys == 0,
-            "PRECISE": call.dtype == "float32", "WIDEN": INTERPRETED and call.dtype == "bfloat16",
+            "PRECISE": call.dtype == "float32", "WIDEN": self._widen,
         }  # fmt: skip
 
 
