@@ -108,7 +108,7 @@ def attend(
 
         is_causal, window_size, softcap, scale, dropout, return_lse, layout and implementation are Python or NumPy
         values, fixed when a call is compiled. score_fn and mask_fn are functions. The others are data, whose contents
-        are never read, but for segment ids where implementation names "fa4".
+        are never read, but for segment ids where implementation names "fa4" or "fa3".
 
     Returns:
         out (b, h, i, dv), in the layout and dtype of q; or (out, lse), with lse (b, h, i) in float32 (float64 for
@@ -154,14 +154,15 @@ def run(arrays: Arrays, *options: Any) -> Any:
         call, captured = lift(call)
     arrays = _canonical(call, arrays)
     if call.runs:
-        call, arrays = settled(call, arrays, name == PACKING, starts)
+        call, arrays = settled(runs.bounded(call, name, starts), arrays, name in PACKING, starts)
     out, lse = _compute(call, name, arrays, captured)
     return (out, lse) if call.return_lse else out
 
 
 def looked(call: Call, arrays: Arrays) -> tuple[Call, Any]:
-    """What is known of segment ids, for the one implementation that takes packed sequences."""
-    return told(runs.tell, table, call, arrays, PACKING)
+    """What is known of segment ids, for what takes packed sequences."""
+    call, starts = told(runs.tell, table, call, arrays, *PACKING)
+    return (call if starts is None else call._replace(sequences=starts.shape[0] - 1)), starts
 
 
 def _canonical(call: Call, arrays: Arrays) -> Arrays:
@@ -226,7 +227,7 @@ def explain(
 
     Args:
         As in `attend`, and checked alike. Only shapes, dtypes and options matter, and segment ids where
-        implementation names "fa4" or `convert.segments_from_cu_seqlens` made them.
+        implementation names "fa4" or "fa3", or `convert.segments_from_cu_seqlens` made them.
 
     Returns:
         Explanation(chosen, rows, notes): the name or None; (name, None or the reason of its refusal) for every

@@ -54,7 +54,7 @@ def evaluate(problem: Problem, implementation: str | Sequence[str] | None, devic
         leaves: dict[str, Any] = {name: arguments.pop(name) for name in problem.dtypes}
         data: dict[str, Any] = {
             name: arguments.pop(name) for name, value in list(arguments.items()) if isinstance(value, jax.Array)
-            if not (implementation == PACKING and name.endswith("segment_ids"))  # which it must know by then
+            if not (implementation in PACKING and name.endswith("segment_ids"))  # which it must know by then
         }  # fmt: skip
         cotangents: Any = jnp.asarray(problem.out_cotangent, problem.dtypes["q"])
         if wants_lse:

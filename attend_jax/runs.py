@@ -2,7 +2,7 @@
 
 What ids are is `attend_shared.runs`. To look is to wait for the device, once for each array of ids, whose contents
 never change; NumPy arrays are looked at on every call. Ids that are known when a jit is traced are constants in it, and
-of ids that are made in a jit it is known there.
+of ids that are made in a jit it is known there. Starts are a NumPy array where it is known what they hold.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from attend_shared import runs
 from attend_shared.call import Arrays, Call
 
 _KNOWN: dict[Hashable, runs.Known] = {}
-_TRACED = runs.Known(lambda: False, runs.TRACED, None)
+_TRACED, _UNREAD, _FEW = (runs.Known(lambda: False, state, None) for state in (runs.TRACED, runs.UNREAD, runs.FEW))
+_BOUNDED = ("fa3",)  # which are launched for runs that are all as long as the longest
 
 
 def tell(call: Call, arrays: Arrays, ids: list[Any]) -> tuple[str, Any]:
@@ -34,10 +35,29 @@ def tell(call: Call, arrays: Arrays, ids: list[Any]) -> tuple[str, Any]:
     """
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in ids):
         return runs.NOT_LOOKED, None
-    if call.names is None:
-        return runs.UNCERTAIN, None
-    known = _known(ids)
+    known = _known(ids) if call.names else _made(call, ids)
     return known.state, known.starts
+
+
+def bounded(call: Call, name: str, starts: Any) -> Call:
+    """The call with how many tokens a run has at the most, as a power of two, where the implementation asks for it.
+
+    It is known of starts that were read, or made of a NumPy array. Of others it is all that there are.
+    """
+    if name not in _BOUNDED or starts is None:
+        return call
+    longest = int(np.diff(starts).max()) if isinstance(starts, np.ndarray) else call.i
+    return call._replace(longest=min(call.i, 1 << (longest - 1).bit_length()))
+
+
+def _made(call: Call, ids: list[Any]) -> runs.Known:
+    """What is known of ids that were not looked at: another call may have, and a choice must not depend on that."""
+    known = _KNOWN.get(tuple(map(id, ids)))
+    if known is None or not (known.made and known.alive()):
+        return _UNREAD
+    if runs.is_few(call, known.starts.shape[0] - 3):  # beside their starts are 0, the last end and the length
+        return _FEW
+    return known
 
 
 def _known(ids: list[Any]) -> runs.Known:
@@ -79,9 +99,9 @@ def made(ids: jax.Array, cu_seqlens: Any) -> None:
         ids: by `attend_shared.convert.segments_from_cu_seqlens`.
         cu_seqlens: integers (n + 1,), in any order and of any size.
     """
-    length = ids.shape[1]
-    bounds = jnp.asarray(to_int32(cu_seqlens)).clip(0, length)
-    first, last = jnp.sort(jnp.minimum(bounds[:-1], bounds[-1:])), bounds[-1:]
-    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), first, last, jnp.full(1, length, jnp.int32)])
+    length, xp = ids.shape[1], np if isinstance(cu_seqlens, np.ndarray) else jnp
+    bounds: Any = xp.asarray(to_int32(cu_seqlens)).clip(0, length)
+    first, last = xp.minimum(bounds[:-1], bounds[-1:]), bounds[-1:]
+    starts = xp.sort(xp.concatenate([xp.zeros(1, np.int32), first, last, xp.full(1, length, np.int32)]))
     key = (id(ids),)
     runs.remember(_KNOWN, key, runs.Known(_alive([ids], key), runs.PACKED, starts, made=True))

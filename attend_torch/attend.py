@@ -106,7 +106,7 @@ def attend(
 
         is_causal, window_size, softcap, scale, dropout, return_lse, layout and implementation are Python or NumPy
         values, fixed when a call is compiled. score_fn and mask_fn are functions. The others are data, whose contents
-        are never read, but for segment ids where implementation names "fa4".
+        are never read, but for segment ids where implementation names "fa4" or "fa3".
 
     Returns:
         out (b, h, i, dv), in the layout and dtype of q; or (out, lse), with lse (b, h, i) in float32 (float64 for
@@ -159,7 +159,7 @@ def run(arrays: Arrays, *options: Any) -> Any:
 
 
 def looked(call: Call, arrays: Arrays) -> tuple[Call, torch.Tensor | None]:
-    """What is known of segment ids, for the one implementation that takes packed sequences."""
+    """What is known of segment ids, for what takes packed sequences."""
     return told(runs.tell, table, call, arrays, PACKING)
 
 
@@ -203,7 +203,7 @@ def explain(
 
     Args:
         As in `attend`, and checked alike. Only shapes, dtypes and options matter, and segment ids where
-        implementation names "fa4" or `convert.segments_from_cu_seqlens` made them.
+        implementation names "fa4" or "fa3", or `convert.segments_from_cu_seqlens` made them.
 
     Returns:
         Explanation(chosen, rows, notes): the name or None; (name, None or the reason of its refusal) for every

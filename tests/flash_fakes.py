@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import jax
@@ -43,10 +43,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     cute, flash_attn = ModuleType("flash_attn.cute"), ModuleType("flash_attn")
     vars(flash_attn)["cute"], vars(cute)["interface"] = cute, interface
     fa4_jax = ModuleType("fa4_jax")
-    vars(fa4_jax).update(flash_attn=flash_attn_jax, flash_attn_varlen=flash_attn_varlen)
+    attention = ModuleType("fa4_jax.attention")
+    vars(attention).update(fa4_vjp_p=SimpleNamespace(bind=_fa4_vjp), _make_config=lambda *config, varlen: config)
+    vars(fa4_jax).update(flash_attn=flash_attn_jax, flash_attn_varlen=flash_attn_varlen, attention=attention)
     dew_flash_attn = ModuleType("dew_flash_attn")
     vars(dew_flash_attn).update(_forward3=_forward3, _backward3=_backward3)
-    for module in (flash_attn, cute, interface, fa4_jax, dew_flash_attn):
+    for module in (flash_attn, cute, interface, fa4_jax, attention, dew_flash_attn):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     for ours in (torch_fa4, jax_fa4, fa3):
         refusal = ours.refusal
@@ -224,19 +226,39 @@ def flash_attn_jax(
 
 
 def flash_attn_varlen(
-    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *, seqused_q: Any, seqused_k: Any,
-    window_size: tuple[int | None, int | None], scale: float, defined_padding: bool,
-) -> jax.Array:  # fmt: skip
-    assert defined_padding
+    q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *, seqused_q: Any = None, seqused_k: Any = None,
+    window_size: tuple[int | None, int | None], scale: float, defined_padding: bool = False, return_lse: bool = False,
+) -> Any:  # fmt: skip
     if cu_seqlens_k is cu_seqlens_q:  # segments: as one item, of pairs within the same run
         assert seqused_q is seqused_k is None
-        assert cu_seqlens_q.dtype == jnp.int32
-        run = jnp.searchsorted(cu_seqlens_q, jnp.arange(len(q)), side="right")
-        return _jax(*(x[None] for x in (q, k, v)), window_size, scale, None, None, run)[0]
+        assert not defined_padding  # which costs the filling of every result
+        out = _of_runs(q, k, v, cu_seqlens_q, window_size, scale)
+        return (out, jnp.zeros(q.shape[1::-1])) if return_lse else out
+    assert defined_padding
     b = len(cu_seqlens_q) - 1
     assert len(cu_seqlens_k) - 1 == b
     apart = [x.reshape(b, -1, *x.shape[1:]) for x in (q, k, v)]
     return _jax(*apart, window_size, scale, seqused_q, seqused_k).reshape(*q.shape[:2], v.shape[2])
+
+
+def _of_runs(q: Any, k: Any, v: Any, starts: Any, window: tuple[int | None, int | None], scale: float) -> jax.Array:
+    assert starts.dtype == jnp.int32
+    run = jnp.searchsorted(starts, jnp.arange(len(q)), side="right")
+    return _jax(*(x[None] for x in (q, k, v)), window, scale, None, None, run)[0]
+
+
+def _fa4_vjp(
+    q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, of_q: Any, of_k: Any, q_used: Any, kv_used: Any, cfg: tuple,
+    has_d_lse: bool,
+) -> tuple:  # fmt: skip
+    _, causal, window, scale, mask, backend = cfg
+    assert (causal, mask, backend, has_d_lse) == (False, None, None, False)
+    assert of_q is of_k
+    assert q_used is kv_used
+    assert q_used.shape == (len(of_q) - 1,)
+    assert lse.shape == q.shape[1::-1]
+    assert out.shape == dout.shape == q.shape
+    return jax.vjp(lambda *x: _of_runs(*x, of_q, window, scale), q, k, v)[1](dout)
 
 
 def _jax(
@@ -267,14 +289,35 @@ def _jax(
     return jnp.where(rows, out, 0).astype(dtype)
 
 
-# dew-flash-attn: (b n h d) without lengths; -1 is no bound, and no other bound is negative.
+# dew-flash-attn: (b n h d) without lengths, or packed (n h d); -1 is no bound, and no other bound is negative.
+
+
+def _runs3(starts: Any, longest: Any, length: int) -> Any:
+    """Of which run each token is. The gradients of what lies further than the longest are not written."""
+    (of_q, of_k), (most_q, most_k) = starts, longest
+    assert of_q is of_k
+    assert of_q.dtype == jnp.int32
+    assert type(most_q) is type(most_k) is int
+    assert most_q == most_k
+    run = jnp.searchsorted(of_q, jnp.arange(length), side="right")
+    return run, (jnp.arange(length) - of_q[run - 1] < most_q)[:, None, None]
 
 
 def _forward3(
-    q: Any, k: Any, v: Any, starts: None, longest: None, scale: float, causal: bool, window: tuple[int, int]
+    q: Any, k: Any, v: Any, starts: Any, longest: Any, scale: float, causal: bool, window: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
-    assert starts is longest is None
-    s = _scores(q, k, v, scale, causal, window)
+    if starts is not None:
+        run, _ = _runs3(starts, longest, len(q))
+        out, lse = _forward_of(*(x[None] for x in (q, k, v)), scale, causal, window, run)
+        return out[0], lse[0]
+    assert longest is None
+    return _forward_of(q, k, v, scale, causal, window)
+
+
+def _forward_of(
+    q: Any, k: Any, v: Any, scale: float, causal: bool, window: tuple[int, int], run: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    s = _scores(q, k, v, scale, causal, window, run)
     lse = jax.nn.logsumexp(s, 3)
     values = jnp.repeat(v.astype(jnp.float32), q.shape[2] // k.shape[2], 2)
     out = jnp.einsum("bhij,bjhd->bihd", jnp.exp(s - lse[..., None]), values, precision="highest")
@@ -282,13 +325,24 @@ def _forward3(
 
 
 def _backward3(
-    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, starts: None, longest: None, scale: float, causal: bool,
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, starts: Any, longest: Any, scale: float, causal: bool,
     window: tuple[int, int],
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    assert starts is longest is None
     assert dout.dtype == q.dtype == out.dtype
     assert dout.shape == q.shape == out.shape
-    s, group, dtype = _scores(q, k, v, scale, causal, window), q.shape[2] // k.shape[2], q.dtype
+    if starts is not None:
+        run, written = _runs3(starts, longest, len(q))
+        found = _backward_of(*(x[None] for x in (dout, q, k, v, out, lse)), scale, causal, window, run)
+        return tuple(jnp.where(written, x[0], GARBAGE) for x in found)
+    assert longest is None
+    return _backward_of(dout, q, k, v, out, lse, scale, causal, window)
+
+
+def _backward_of(
+    dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, scale: float, causal: bool, window: tuple[int, int],
+    run: Any = None,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    s, group, dtype = _scores(q, k, v, scale, causal, window, run), q.shape[2] // k.shape[2], q.dtype
     dout, q, k, v, out = (x.astype(jnp.float32) for x in (dout, q, *(jnp.repeat(x, group, 2) for x in (k, v)), out))
     p = jnp.exp(s - lse[..., None])
     delta = (out * dout).sum(3).swapaxes(1, 2)
@@ -299,7 +353,9 @@ def _backward3(
     return tuple(x.astype(dtype) for x in (dq, dk, dv))
 
 
-def _scores(q: Any, k: Any, v: Any, scale: float, causal: bool, window: tuple[int, int]) -> jax.Array:
+def _scores(
+    q: Any, k: Any, v: Any, scale: float, causal: bool, window: tuple[int, int], run: Any = None
+) -> jax.Array:  # fmt: skip
     """(b h i j), -inf where the pair is not allowed."""
     assert q.dtype == k.dtype == v.dtype
     assert q.dtype in (jnp.float16, jnp.bfloat16)
@@ -317,4 +373,4 @@ def _scores(q: Any, k: Any, v: Any, scale: float, causal: bool, window: tuple[in
     if window[1] >= 0:
         may &= key <= at + window[1]
     assert may.any(1).all()
-    return jnp.where(may, s, -math.inf)
+    return jnp.where(may if run is None else may & (run[:, None] == run), s, -math.inf)

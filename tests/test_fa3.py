@@ -28,6 +28,7 @@ INSTALL = 'pip install "attend-twin[fa3-jax]"'
 ALL = {"dew-flash-attn-cu13": "0.3.6", "jax": "0.11.2", "jax-cuda13-plugin": "0.11.2"}
 OFFSET = "it aligns causal and window with the last key, so q_offset must be the number 0 or kv_len - q_len"
 SINKS = "its gradient of sinks is made of an out that is rounded, which is too coarse"
+NOT_LOOKED = "it takes segments that lie one after the other, and whether these do was not looked at"
 WIDE = "it counts the numbers of an item in 32 bits, which these exceed"
 
 
@@ -44,6 +45,7 @@ def call_of(**options: Any) -> Call:
 
 
 LENGTHS, IDS, SHORT = shape(2, dtype=jnp.int32), shape(2, 96, dtype=jnp.int32), shape(2, 4, 8, 64)
+ONE_ITEM = {name: shape(1, 4, 96, 64) for name in "qkv"} | {"q_segment_ids": shape(1, 96, dtype=jnp.int32)}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,12 @@ LENGTHS, IDS, SHORT = shape(2, dtype=jnp.int32), shape(2, 96, dtype=jnp.int32), 
         ({name: shape(4, 32, 131072, 128) for name in "qkv"}, None),
         ({"mask": shape(2, 96, dtype=bool)}, "it has no mask"),
         ({"bias": shape(1, 4, 96, 96)}, "it has no bias"),
-        ({"q_segment_ids": IDS}, "it has no segments"),
+        (ONE_ITEM, NOT_LOOKED),
+        ({"q_segment_ids": IDS},
+         "it takes segments of one item, not of 2, as a tile of packed keys may reach into the next item and bring NaN "
+         "from there: put all in one row, with ids of their own"),
+        (ONE_ITEM | {"kv_lengths": shape(1, dtype=jnp.int32)},
+         "beside segments it has no lengths: give padding an id of its own instead"),
         ({"kv_lengths": LENGTHS}, "it has no lengths"),
         ({"q_lengths": LENGTHS}, "it has no lengths"),
         ({"dropout": 0.1, "dropout_seed": 0}, "it has no dropout"),
@@ -84,6 +91,23 @@ def test_what_is_refused(options: dict[str, Any], words: str | None) -> None:
     call = call_of(**options)
     assert fa3.refusal(call) == words
     assert fa3.refusal(call._replace(platform="cpu")) == "it runs on an NVIDIA GPU"
+
+
+@pytest.mark.parametrize(("count", "words"), [(65535, WIDE), (65536, "it takes up to 65535 segments"), (4095, None)])
+def test_many_segments(count: int, words: str | None) -> None:
+    """Each is a block of a grid, and filled up."""
+    call = call_of(**ONE_ITEM)._replace(runs="packed", sequences=count)
+    assert fa3.refusal(call) == words
+
+
+def test_how_many_segments_there_are(fakes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    refusal = fa3.refusal
+    monkeypatch.setattr(fa3, "refusal", lambda call: seen.append(call.sequences) or refusal(call))
+    q = draw(1, 1, 9, 8)
+    for ids in (np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2]]), np.arange(9)[None]):
+        attend_jax.attend(q, q, q, q_segment_ids=ids, implementation="fa3")
+    assert [count for count in seen if count] == [4, 16]  # powers of two
 
 
 @pytest.mark.parametrize(
@@ -154,7 +178,7 @@ def test_what_has_no_part_is_cut_off(sizes: tuple[int, int], bounds: tuple, end:
     assert ours[rows].any(1).all()
     assert not np.delete(ours, range(i)[rows], 0).any()
     assert not ours[:, keys:].any()
-    _, causal, (left, right) = fa3._asked(call._replace(i=rows.stop - rows.start, j=keys))
+    *_, causal, (left, right) = fa3._asked(call._replace(i=rows.stop - rows.start, j=keys), None)
     query, key = np.arange(rows.stop - rows.start)[:, None] + keys - (rows.stop - rows.start), np.arange(keys)
     theirs = np.ones_like(ours[rows, :keys])
     if left >= 0:

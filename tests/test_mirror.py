@@ -60,6 +60,7 @@ ONE_SIDED_NAMES = {
     "attend_jax.arrays.alike": "the type of an array in a shard_map says between which devices it varies",
     "attend_jax.attend.Array": "JAX takes NumPy arrays as well",
     "attend_jax.convert.Array": "JAX takes NumPy arrays as well",
+    "attend_jax.runs.bounded": "fa3, which asks how long the longest run is, is in JAX alone",
     "attend_jax.multihead.HIGHEST": "torch multiplies float32 in full unless it is told otherwise",
     "attend_jax.multihead.product": "XLA needs to be led to a fast product of few rows on a CPU",
 }

@@ -26,8 +26,10 @@ import attend_torch.bridge
 import attend_torch.convert
 import attend_torch.runs
 import flash_fakes
+from attend_jax.arrays import SHAPES
 from attend_jax.implementations import ENTRIES as JAX_ENTRIES
 from attend_shared import compare, doctor, runs
+from attend_shared.call import Arrays, check
 from attend_shared.canaries import find
 from attend_shared.choice import Entry
 from attend_shared.errors import UnsupportedError
@@ -70,7 +72,7 @@ def test_cumulative_lengths_are_runs_whatever_they_hold(framework: str) -> None:
         length = 6 if framework == "jax" else int(RNG.integers(1, 9))
         cu = RNG.integers(-3, 12, 4 if framework == "jax" else 1 + number % 6)
         cu = np.sort(cu) if RNG.random() < 0.7 else cu
-        array: Any = torch.tensor(cu) if framework == "torch" else jnp.asarray(cu)
+        array: Any = torch.tensor(cu) if framework == "torch" else cu if number % 2 else jnp.asarray(cu)
         ids = module.convert.segments_from_cu_seqlens(array, length)
         key = attend_torch.runs._key([ids]) if framework == "torch" else (id(ids),)
         known = module.runs._KNOWN[key]
@@ -116,8 +118,8 @@ def test_torch_is_right(fakes: None, layout: str) -> None:
             torch.testing.assert_close(ours.float(), theirs.float(), atol=0.03, rtol=0.02)
 
 
-@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
-def test_jax_is_right(fakes: None, layout: str) -> None:
+@pytest.mark.parametrize(("packing", "layout"), [("fa4", "bhnd"), ("fa3", "bhnd"), ("fa3", "bnhd")])
+def test_jax_is_right(fakes: None, packing: str, layout: str) -> None:
     inputs = [jnp.asarray(x.detach().float().numpy(), jnp.bfloat16) for x in torch_inputs(layout)]
 
     def loss(name: str, *inputs: Any) -> Any:
@@ -126,7 +128,7 @@ def test_jax_is_right(fakes: None, layout: str) -> None:
         )
         return (out.astype(jnp.float32) * jnp.linspace(-1, 1, out.size).reshape(out.shape)).sum()
 
-    ours, theirs = (jax.value_and_grad(partial(loss, name), (0, 1, 2))(*inputs) for name in ("fa4", "einsum"))
+    ours, theirs = (jax.value_and_grad(partial(loss, name), (0, 1, 2))(*inputs) for name in (packing, "einsum"))
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=0.03, rtol=0.02)
 
@@ -361,8 +363,9 @@ def test_what_a_jit_knows(looks: list[int]) -> None:
     np.testing.assert_array_equal(jax.jit(lambda: jax_ask(ids))(), expected)  # a constant
     with pytest.raises(UnsupportedError, match=NOT_KNOWN):
         jax.jit(jax_ask)(ids)
-    with pytest.raises(UnsupportedError, match=NOT_KNOWN):
-        jax.vmap(jax_ask)(ids[None])
+    for name in ("fa4", "fa3"):
+        with pytest.raises(UnsupportedError, match=NOT_KNOWN):
+            jax.vmap(partial(jax_ask, name=name))(ids[None])
     count = len(looks)
 
     @partial(jax.jit, static_argnums=1)
@@ -371,20 +374,78 @@ def test_what_a_jit_knows(looks: list[int]) -> None:
 
     with jax.checking_leaks():
         for cu in ([0, 3, 5, 7], [0, 1, 1, 6]):
-            ours, theirs = (of_lengths(jnp.asarray(cu), name) for name in ("fa4", "einsum"))
-            np.testing.assert_array_equal(ours, theirs)
+            *ours, theirs = (of_lengths(jnp.asarray(cu), name) for name in ("fa4", "fa3", "einsum"))
+            for out in ours:
+                np.testing.assert_array_equal(out, theirs)
     assert len(looks) == count
 
 
+@pytest.mark.parametrize("name", ["fa4", "fa3"])
+def test_lanes_are_packed_one_by_one(looks: list[int], name: str) -> None:
+    """Each by its own runs, gradients as well: which packed sequences alone cannot do."""
+
+    def gradients(x: jax.Array, cu: jax.Array, name: str) -> Any:
+        ids = attend_jax.convert.segments_from_cu_seqlens(cu, 7)
+        return jax.value_and_grad(lambda x: (jax_ask(ids, name, x).astype(jnp.float32) ** 2).sum())(x)
+
+    x = jnp.linspace(-1, 1, 3 * 56).reshape(3, 1, 1, 7, 8).astype(jnp.bfloat16)
+    cu = jnp.asarray([[0, 3, 5, 7], [0, 1, 1, 6], [7, 0, 2, 4]])
+    ours, theirs = (jax.vmap(partial(gradients, name=each))(x, cu) for each in (name, "einsum"))
+    for mine, its in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine.astype(jnp.float32), its.astype(jnp.float32), atol=0.05, rtol=0.02)
+    assert not looks
+
+
 def test_the_choice_in_jax(looks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    first_of(monkeypatch, "jax", JAX_ENTRIES)
-    q, ids = jnp.ones((1, 1, 7, 8), jnp.bfloat16), jnp.asarray(IDS)
-    explanation = attend_jax.explain(q, q, q, q_segment_ids=ids)
-    assert (explanation.chosen, dict(explanation.rows)["fa4"]) == ("einsum", runs.REASONS[runs.UNCERTAIN])
+    """It takes what is known without a look."""
+    order = [JAX_ENTRIES[name] for name in ("fa3", "fa4", "einsum")]
+    monkeypatch.setattr(sys.modules["attend_jax.attend"], "table", lambda call=None: order)
+    q, ids, cu = jnp.ones((1, 1, 7, 8), jnp.bfloat16), jnp.asarray(IDS), np.array([0, 3, 5])
+    told: dict[str, dict[str, str | None]] = {}
+
+    def choose(of: str, ids: Any) -> str | None:
+        explanation = attend_jax.explain(q, q, q, q_segment_ids=ids)
+        told[of] = dict(explanation.rows)
+        return explanation.chosen
+
+    def made(cu: Any) -> Any:
+        return attend_jax.convert.segments_from_cu_seqlens(cu, 7)
+
+    jax_ask(ids, "fa3")
+    assert len(looks) == 1
+    assert choose("ids", ids) == "einsum"  # whoever looked before
+    assert choose("few", made(cu)) == "einsum"
+    monkeypatch.setattr(runs, "WORTH", 0)
+    assert choose("numpy", made(cu)) == "fa3"
+    assert choose("array", made(jnp.asarray(cu))) == "fa3"
+    jax.jit(lambda cu: (told.setdefault("chosen", {"jit": choose("jit", made(cu))}), cu)[1])(jnp.asarray(cu))
+    assert told.pop("chosen") == {"jit": "fa3"}
+    reasons = {of: (rows["fa3"], rows["fa4"]) for of, rows in told.items()}
+    assert reasons == {
+        "ids": (runs.REASONS[runs.UNREAD],) * 2, "few": (runs.REASONS[runs.FEW],) * 2,
+        **dict.fromkeys(("numpy", "array", "jit"), (None, None)),
+    }  # fmt: skip
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, ids)]
     explanation = attend_jax.explain(*shapes[:1] * 3, q_segment_ids=shapes[1], implementation="fa4")
     assert dict(explanation.rows)["fa4"] == runs.REASONS[runs.NOT_LOOKED]
-    assert not looks
+    assert len(looks) == 1
+
+
+@pytest.mark.parametrize(("lengths", "longest"), [([7], 7), ([3, 2, 2], 4), ([1] * 7, 1), ([2, 5], 7)])
+def test_how_long_the_longest_run_is(fakes: None, lengths: list[int], longest: int) -> None:
+    call = flash_call()
+    cu = np.cumsum([0, *lengths])
+    for bounds, expected in ((cu, longest), (jnp.asarray(cu), 7)):  # what is on the device is not waited for
+        ids = attend_jax.convert.segments_from_cu_seqlens(bounds, 7)
+        found = attend_jax.runs._KNOWN[(id(ids),)].starts
+        assert attend_jax.runs.bounded(call, "fa3", found).longest == expected
+        assert attend_jax.runs.bounded(call, "fa4", found) == call
+
+
+def flash_call() -> Any:
+    x, ids = jax.ShapeDtypeStruct((1, 1, 7, 8), jnp.bfloat16), jax.ShapeDtypeStruct((1, 7), jnp.int32)
+    arrays = Arrays(x, x, x, q_segment_ids=ids)
+    return check(SHAPES, arrays, False, None, None, None, 0.0, False, "bhnd", None)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 9])
@@ -399,9 +460,10 @@ def test_the_doctor_asks_for_packed_sequences(fakes: None) -> None:
         problem = find(name).build("bfloat16")
         for framework in ("torch", "jax"):
             explanation = doctor.explain(problem, framework, "cuda")
-            found = dict(explanation.rows)["fa4"]
-            assert found == words if words is None else str(found).startswith(words)
-            assert explanation.chosen != "fa4"  # which reads nothing
+            for packing in ("fa4", "fa3")[: 1 if framework == "torch" else 2]:
+                found = dict(explanation.rows)[packing]
+                assert found == words if words is None else str(found).startswith(words)
+                assert explanation.chosen != packing  # which reads nothing
     problem = find("documents").build("bfloat16")
-    for module in (attend_torch.bridge, attend_jax.bridge):
-        compare.check(module.evaluate(problem, "fa4"), problem)
+    for module, packing in ((attend_torch.bridge, "fa4"), (attend_jax.bridge, "fa4"), (attend_jax.bridge, "fa3")):
+        compare.check(module.evaluate(problem, packing), problem)

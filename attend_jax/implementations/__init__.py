@@ -15,7 +15,7 @@ FA4, FA3 = Entry("fa4", True, fa4), Entry("fa3", True, fa3)
 CUDNN, TRITON, XLA = Entry("cudnn", True, cudnn), Entry("triton", True, triton), Entry("xla", False, xla)
 BLOCKWISE = Entry("blockwise", True, blockwise, custom=True)
 ROWWISE, EINSUM = Entry("rowwise", True, rowwise, custom=True), Entry("einsum", False, einsum, custom=True)
-PACKING = FA4.name  # which takes segments that are runs, as packed sequences
+PACKING = (FA4.name, FA3.name)  # which take segments that are runs, as packed sequences
 ENTRIES = {entry.name: entry for entry in (FA4, FA3, CUDNN, TRITON, XLA, BLOCKWISE, ROWWISE, EINSUM)}
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from attend_jax.arrays import varying
 from attend_jax.implementations import einsum
-from attend_jax.implementations.fa4 import no_device, padded
+from attend_jax.implementations.blockwise import Floats
+from attend_jax.implementations.fa4 import back, laid, no_device, padded
 from attend_jax.implementations.triton import batching
 from attend_shared import flash
 from attend_shared.call import Arrays, Call
@@ -45,47 +46,56 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, None]:
     size = flash.size(call, PACKAGE)
     q, k, v = (padded(x, size) for x in (arrays.q[:, :, rows], arrays.k[:, :, :keys], arrays.v[:, :, :keys]))
     seen = call._replace(i=rows.stop - rows.start, j=keys)
-    out = _attend(seen, Arrays(q, k, v))[..., : call.dv]
+    out = _attend(seen, Floats(q, k, v, None, None), arrays.q_segment_ids)[..., : call.dv]
     before, behind = rows.start, call.i - rows.stop
     return (jnp.pad(out, ((0, 0), (0, 0), (before, behind), (0, 0))) if before or behind else out), None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: Call, arrays: Arrays) -> Array:
-    return _attend_fwd(call, arrays)[0]
+def _attend(call: Call, floats: Floats, starts: Array | None) -> Array:
+    """out (b h i d). starts: of runs, what the door makes of ids, or None."""
+    return _attend_fwd(call, floats, starts)[0]
 
 
-def _attend_fwd(call: Call, arrays: Arrays) -> tuple:
-    out, lse = batching(call, _forward)(arrays)
-    return out, (arrays, out, lse)
+def _attend_fwd(call: Call, floats: Floats, starts: Array | None) -> tuple:
+    out, lse = batching(call, _forward)(Arrays(**floats._asdict(), q_segment_ids=starts))
+    return out, (floats, starts, out, lse)
 
 
-def _attend_bwd(call: Call, kept: tuple, dout: Array) -> tuple[Arrays]:
-    return (Arrays(*batching(call, _gradients)(*kept, dout)),)
+def _attend_bwd(call: Call, kept: tuple, dout: Array) -> tuple:
+    floats, starts, out, lse = kept
+    found = batching(call, _gradients)(Arrays(**floats._asdict(), q_segment_ids=starts), out, lse, dout)
+    return Floats(*found), None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _asked(call: Call) -> tuple[float, bool, tuple[int, int]]:
-    """scale, whether it is causal, and (left, right), where -1 is no bound."""
+def _asked(call: Call, starts: Array | None) -> tuple:
+    """Where runs of q and k start, and how long they are at the most; scale, whether it is causal, and (left, right).
+
+    -1 is no bound.
+    """
     left, right = (-1 if bound is None else bound for bound in flash.window(call))
-    return call.scale, right == 0, (left, right)
+    of_runs = (None, None) if starts is None else ((starts, starts), (call.longest, call.longest))
+    return *of_runs, call.scale, right == 0, (left, right)
 
 
 def _forward(call: Call, arrays: Arrays) -> tuple[Array, ...]:
     """out (b h i d) and lse (b h i)."""
     from dew_flash_attn import _forward3
 
-    q, k, v = (x.swapaxes(1, 2) for x in arrays[:3])
-    out, lse = _forward3(q, k, v, None, None, *_asked(call))  # items one beside the other, not packed
-    return varying((out.swapaxes(1, 2), lse), arrays.q)  # of which a kernel says nothing
+    given = (laid(x) if call.segments else x.swapaxes(1, 2) for x in arrays[:3])
+    out, lse = _forward3(*given, *_asked(call, arrays.q_segment_ids))
+    out, lse = (back(out), lse[None]) if call.segments else (out.swapaxes(1, 2), lse)
+    return varying((out, lse), arrays.q)  # of which a kernel says nothing
 
 
-def _gradients(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array) -> tuple[Array, ...]:
-    """dq, dk, dv."""
+def _gradients(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array) -> tuple[Array | None, ...]:
+    """dq, dk, dv, and None for what has none."""
     from dew_flash_attn import _backward3
 
-    dout, q, k, v, out = (x.swapaxes(1, 2) for x in (dout, *arrays[:3], out))
-    found = _backward3(dout, q, k, v, out, lse, None, None, *_asked(call))
-    return varying(tuple(x.swapaxes(1, 2) for x in found), arrays.q)
+    given = (laid(x) if call.segments else x.swapaxes(1, 2) for x in (dout, *arrays[:3], out))
+    found = _backward3(*given, lse[0] if call.segments else lse, *_asked(call, arrays.q_segment_ids))
+    gradients = (back(x) if call.segments else x.swapaxes(1, 2) for x in found)
+    return varying((*gradients, None, None), arrays.q)

@@ -6,11 +6,16 @@ seconds; lengths are no part of a kernel.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from attend_jax.arrays import hide, hide_rows
 from attend_jax.implementations import einsum
+from attend_jax.implementations.blockwise import Floats
+from attend_jax.implementations.triton import batching
 from attend_shared import flash
 from attend_shared.call import Arrays, Call
 
@@ -50,13 +55,15 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
     if call.q_lengths and not counts_q:
         arrays = hide(call, arrays)
     size = flash.size(call, PACKAGE)
+    if call.segments:
+        q, k, v = (padded(x, size) for x in arrays[:3])
+        return _packed(call, Floats(q, k, v, None, None), arrays.q_segment_ids)[..., : call.dv], None
     q, k, v = (padded(x, size).swapaxes(1, 2) for x in arrays[:3])  # (b n h size)
     options = {"window_size": flash.window(call), "scale": call.scale}
-    if counts_q or counts_kv or call.segments:
+    if counts_q or counts_kv:
         bounds = (jnp.array(flash.starts(call.b, n), jnp.int32) for n in (call.i, call.j))
         out = fa4_jax.flash_attn_varlen(
-            *(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)),  # (b * n, h, size)
-            *((arrays.q_segment_ids,) * 2 if call.segments else bounds),  # of runs: what the door makes of ids
+            *(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), *bounds,  # (b * n, h, size)
             seqused_q=flash.used(arrays.q_lengths, call.i) if counts_q else None,
             seqused_k=flash.used(arrays.kv_lengths, call.j) if counts_kv else None,
             defined_padding=True, **options,
@@ -70,3 +77,59 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
 def padded(x: jax.Array, size: int) -> jax.Array:
     """x (b h n d), with zeros behind it up to the size."""
     return x if x.shape[3] == size else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3])))
+
+
+# Packed sequences. fa4-jax raises under jax.vmap where they are; here lane goes after lane. Runs leave no row out, so
+# what it writes is not filled with zeros beforehand.
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _packed(call: Call, floats: Floats, starts: jax.Array) -> jax.Array:
+    """out (b h i d). starts: of runs, what the door makes of ids."""
+    return batching(call, partial(_forward, False))(Arrays(**floats._asdict(), q_segment_ids=starts))[0]
+
+
+def _packed_fwd(call: Call, floats: Floats, starts: jax.Array) -> tuple:
+    out, lse = batching(call, partial(_forward, True))(Arrays(**floats._asdict(), q_segment_ids=starts))
+    return out, (floats, starts, out, lse)
+
+
+def _packed_bwd(call: Call, kept: tuple, dout: jax.Array) -> tuple:
+    floats, starts, out, lse = kept
+    dq, dk, dv = batching(call, _gradients)(Arrays(**floats._asdict(), q_segment_ids=starts), out, lse, dout)
+    return Floats(dq, dk, dv, None, None), None
+
+
+_packed.defvjp(_packed_fwd, _packed_bwd)
+
+
+def laid(x: jax.Array) -> jax.Array:
+    """x (1 h n d) as packed sequences lie: (n h d)."""
+    return x[0].swapaxes(0, 1)
+
+
+def back(x: jax.Array) -> jax.Array:
+    """The opposite."""
+    return x.swapaxes(0, 1)[None]
+
+
+def _forward(lse: bool, call: Call, arrays: Arrays) -> tuple[jax.Array, ...]:
+    """out (1 h i d), and lse (h i) if it is wanted."""
+    import fa4_jax
+
+    found = fa4_jax.flash_attn_varlen(
+        *map(laid, arrays[:3]), arrays.q_segment_ids, arrays.q_segment_ids, window_size=flash.window(call),
+        scale=call.scale, return_lse=lse,
+    )  # fmt: skip
+    return (back(found[0]), found[1]) if lse else (back(found),)
+
+
+def _gradients(call: Call, arrays: Arrays, out: jax.Array, lse: jax.Array, dout: jax.Array) -> tuple[Any, ...]:
+    """dq, dk, dv."""
+    from fa4_jax import attention
+
+    (q, k, v), starts = map(laid, arrays[:3]), arrays.q_segment_ids
+    config = attention._make_config(q, False, flash.window(call), call.scale, None, None, varlen=True)
+    bounds = (starts, starts, *(starts[1:] - starts[:-1],) * 2)  # of all of which everything is used
+    found = attention.fa4_vjp_p.bind(q, k, v, laid(out), lse, laid(dout), *bounds, cfg=config, has_d_lse=False)
+    return tuple(map(back, found))

@@ -101,14 +101,15 @@ _attend.defvjp(_attend_fwd_of, _attend_bwd, symbolic_zeros=True)
 def batching(call: Call, function: Callable) -> Callable:
     """function(call, arrays, ...) of arrays, which jax.vmap makes one call of more items where it can.
 
-    Dropout counts the items of a call, and dbias and dsinks are sums over them: there lanes go one after the other.
+    Dropout counts the items of a call, dbias and dsinks are sums over them, and of packed sequences there is one: there
+    lanes go one after the other.
     """
     batched = jax.custom_batching.custom_vmap(partial(function, call))
 
     @batched.def_vmap
     def rule(lanes: int, are: Any, *inputs: Any) -> tuple:
         outputs_are = jax.tree.map(lambda _: True, jax.eval_shape(*_lane(partial(function, call), are, inputs)))
-        if call.dropout or call.sinks or call.bias:
+        if call.dropout or call.sinks or call.bias or call.runs:
             inner = batching(call, function)
             stacked, rest = _split(are, inputs)
             return lax.map(lambda some: inner(*_joined(are, some, rest)), stacked), outputs_are

@@ -131,17 +131,22 @@ def _ours(name: str | None, load: Workload, inputs: Data) -> tuple[Callable[...,
     if load.dropout:
         asked["dropout_seed"] = SEED
     arrays = {key: x for key, x in inputs.sets[0].items() if key != "cotangent"}
-    explanation = attend_jax.explain(**arrays, **inputs.given, **asked)
+
+    makes = load.documents and load.b == 1 and name in (None, "fa4", "fa3")
+
+    def structured(given: dict[str, Array]) -> dict[str, Array]:
+        """Of ids that a program makes itself it knows what peers are told: where documents start."""
+        if not makes:
+            return given
+        return {"q_segment_ids": attend_jax.convert.segments_from_cu_seqlens(cumulative(load), load.j)}
+
+    def function(given: dict[str, Array], **arrays: Array) -> Any:
+        return attend_jax.attend(**arrays, **structured(given), **asked)
+
+    explanation = attend_jax.explain(**arrays, **structured(inputs.given), **asked)
     if explanation.chosen is None:
         raise Unsupported(dict(explanation.rows).get(str(name)) or f"attend_jax has no {name}")
-    if load.documents and explanation.chosen == "fa4":  # a program knows of ids that it makes itself
-
-        def packed(given: dict[str, Array], **arrays: Array) -> Array:
-            ids = attend_jax.convert.segments_from_cu_seqlens(given["bounds"], load.j)
-            return attend_jax.attend(**arrays, q_segment_ids=ids, **asked)
-
-        return packed, {"bounds": jnp.asarray(cumulative(load))}, explanation.chosen
-    return (lambda given, **arrays: attend_jax.attend(**arrays, **given, **asked)), inputs.given, explanation.chosen
+    return function, {} if makes else inputs.given, explanation.chosen
 
 
 def _dense(load: Workload, inputs: Data) -> Array:

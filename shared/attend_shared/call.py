@@ -81,6 +81,8 @@ class Call(NamedTuple):
         one_length: whether one array is both q_lengths and kv_lengths.
         runs: what segment ids are, where they were looked at (`attend_shared.runs`): then the starts of runs stand for
             ids in `Arrays`.
+        sequences: how many runs there are, empty ones too. longest: how many tokens the longest has, or more, where an
+            implementation asks for it.
     """
 
     framework: str
@@ -118,6 +120,8 @@ class Call(NamedTuple):
     mask_fn: Callable[..., Any] | None = None
     one_length: bool = False
     runs: str = ""
+    sequences: int = 0
+    longest: int = 0
 
     @property
     def accumulation(self) -> str:
@@ -298,7 +302,7 @@ def check(
         left, right, offset if left is not None or right is not None else "zero", segments,
         q_lengths is not None, kv_lengths is not None, sinks_dtype, softcap, scale, dropout, bool(return_lse),
         of_bias, bias is not None and of_qkv, of_qkv or of_bias or (sinks is not None and wanted(sinks)),
-        flash or None, names, custom, score_fn, mask_fn, q_lengths is not None and q_lengths is kv_lengths, "",
+        flash or None, names, custom, score_fn, mask_fn, q_lengths is not None and q_lengths is kv_lengths, "", 0, 0,
     ))  # fmt: skip
 
 

@@ -36,7 +36,6 @@ class Package(NamedTuple):
         modules: what it imports that others install; nvidia-cutlass-dsl's lies on a path of its own.
         sizes: of heads, to which others are filled up.
         softcap, lengths: whether it has them.
-        packed: whether what it has of sequences that lie one after the other is used.
         sinks: why it serves none, or None.
         lse: whether its lse has a gradient.
         wide: whether it counts the numbers of an item in more than 32 bits.
@@ -53,7 +52,6 @@ class Package(NamedTuple):
     least: tuple[tuple[str, str], ...] = ()
     sizes: tuple[int, ...] = SIZES
     lengths: bool = True
-    packed: bool = True
     wide: bool = True
 
 
@@ -69,7 +67,7 @@ FA4_JAX = Package(
 DEW_FLASH_ATTN = Package(
     "dew-flash-attn-cu13", "0.3.6", "fa3-jax", (), ("dew_flash_attn",), False,
     "its gradient of sinks is made of an out that is rounded, which is too coarse", False,
-    least=(("jax", "0.11.2"), ("jax-cuda13-plugin", "0.11.2")), sizes=EIGHTS, lengths=False, packed=False, wide=False,
+    least=(("jax", "0.11.2"), ("jax-cuda13-plugin", "0.11.2")), sizes=EIGHTS, lengths=False, wide=False,
 )  # fmt: skip
 
 
@@ -107,14 +105,14 @@ def refusal(call: Call, package: Package) -> str | None:
         return f"it takes head sizes of up to {package.sizes[-1]}, not {max(call.d, call.dv)}"
     if max(call.b, call.h) > MOST:
         return f"it takes up to {MOST} items and heads"
+    if call.sequences > MOST:
+        return f"it takes up to {MOST} segments"
     if not package.wide and _tiled(call) >= 2**31:
         return "it counts the numbers of an item in 32 bits, which these exceed"
     if call.mask is not None:
         return "it has no mask"
     if call.bias is not None:
         return "it has no bias"
-    if call.segments and not package.packed:
-        return "it has no segments"
     if call.segments and call.i != call.j:
         return ("it takes segments that lie one after the other, in q as in k, so q_len must be kv_len, not "
                 f"{call.i} beside {call.j}")  # fmt: skip
@@ -164,9 +162,9 @@ def size(call: Call, package: Package) -> int:
 
 
 def _tiled(call: Call) -> int:
-    """The most numbers that an item of one of the arrays has, as FlashAttention-3 fills them up."""
+    """The most numbers that an item of an array has, as FlashAttention-3 fills them up: each run, and the whole."""
     size = next(each for each in (64, 128, 192, 256) if each >= max(call.d, call.dv))
-    return call.h * (max(call.i, call.j) + TILE) * size
+    return call.h * (max(call.i, call.j) + TILE * (call.sequences + 1)) * size
 
 
 def window(call: Call) -> tuple[int | None, int | None]:

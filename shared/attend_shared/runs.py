@@ -20,8 +20,8 @@ from attend_shared.call import Arrays, Call
 from attend_shared.choice import Entry, refusal
 
 PACKED = "packed"
-NOT_LOOKED, RETURNS, DIFFER, TRACED, CAPTURED, FEW, UNREAD, UNCERTAIN = (
-    "", "returns", "differ", "traced", "captured", "few", "unread", "uncertain",
+NOT_LOOKED, RETURNS, DIFFER, TRACED, CAPTURED, FEW, UNREAD = (
+    "", "returns", "differ", "traced", "captured", "few", "unread",
 )  # fmt: skip
 REASONS = {
     NOT_LOOKED: "it takes segments that lie one after the other, and whether these do was not looked at",
@@ -36,8 +36,6 @@ REASONS = {
     UNREAD: "it takes segments that lie one after the other, and a choice does not read ids: make them with "
             "convert.segments_from_cu_seqlens (in torch not in inference mode), which knows, or ask for it by name, "
             "which reads them once",
-    UNCERTAIN: "a jax.vmap around it would raise where there are segment ids, and cannot be seen from here; ask for it "
-               "by name",
 }  # fmt: skip
 CHANGED = (
     "attend: segment ids that fa4 knew were changed in a way that torch does not count (by a collective, a kernel or "
@@ -67,7 +65,7 @@ def reaches(table: Iterable[Entry], call: Call, name: str) -> bool:
 
 def told(
     tell: Callable[[Call, Arrays, list[Any]], tuple[str, Any]], table: Callable[[Call], Iterable[Entry]], call: Call,
-    arrays: Arrays, name: str,
+    arrays: Arrays, *names: str,
 ) -> tuple[Call, Any]:  # fmt: skip
     """The call with what its ids are, and the framework's array of where runs start, or None.
 
@@ -77,11 +75,11 @@ def told(
         table: gives the implementations in order of preference.
         call: with segments.
         arrays: as the caller passed them: an array that the door converts would be another one on every call.
-        name: the implementation that takes packed sequences.
+        names: the implementations that take packed sequences.
     """
     if call.is_empty:
         return call._replace(runs=PACKED), None  # nothing is launched
-    if not reaches(table(call), call, name):
+    if not any(reaches(table(call), call, name) for name in names):
         return call, None
     ids = [x for x in (arrays.q_segment_ids, arrays.kv_segment_ids) if x is not None]
     state, starts = tell(call, arrays, ids[:1] if ids[0] is ids[-1] else ids)
@@ -97,7 +95,7 @@ def settled(call: Call, arrays: Arrays, takes: bool, starts: Any) -> tuple[Call,
         takes: whether it takes them.
     """
     if not takes:
-        return call._replace(runs=NOT_LOOKED), arrays
+        return call._replace(runs=NOT_LOOKED, sequences=0), arrays
     return call, arrays if starts is None else arrays._replace(q_segment_ids=starts, kv_segment_ids=starts)
 
 
