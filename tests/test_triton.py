@@ -350,6 +350,7 @@ def test_float32_is_multiplied_in_full_where_sums_of_shorter_products_were_not_t
 
 
 LONG = {name: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") for name in "qkv"}
+ROWS64 = {name: x[..., :64] for name, x in LONG.items()}
 
 
 @pytest.mark.parametrize(
@@ -373,9 +374,25 @@ LONG = {name: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") 
         ({"q": LONG["q"][:, :, :100], "q_offset": 0}, "forward"),
         ({name: x[:, :, :-1] for name, x in LONG.items()}, "forward"),
         ({name: x[:, :, :1024] for name, x in LONG.items()}, "forward"),
-        ({name: x[..., :64] for name, x in LONG.items()}, "forward"),
+        ({name: x[..., :96] for name, x in LONG.items()}, "forward"),
         ({name: x.float() for name, x in LONG.items()}, "forward"),
         ({name: x.half() for name, x in LONG.items()}, "plain"),
+        (ROWS64, "narrow"),
+        (ROWS64 | {"is_causal": True}, "narrow"),
+        (ROWS64 | {"is_causal": True, "sinks": torch.empty(4, dtype=torch.bfloat16, device="meta")}, "narrow"),
+        (ROWS64 | {"sinks": torch.empty(4, device="meta")}, "narrow"),
+        (ROWS64 | {"sinks": torch.empty(4, dtype=torch.float64, device="meta")}, "forward"),
+        (ROWS64 | {"k": ROWS64["k"][:, :2], "v": ROWS64["v"][:, :2]}, "narrow"),
+        (ROWS64 | {"window_size": (None, 5)}, "narrow"),
+        (ROWS64 | {"window_size": (5, 0)}, "forward"),
+        (ROWS64 | {"softcap": 3.0}, "forward"),
+        (ROWS64 | {"kv_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, "forward"),
+        (ROWS64 | {"q": ROWS64["q"][:, :, :200], "q_offset": 1848, "is_causal": True}, "narrow"),
+        (ROWS64 | {"q": ROWS64["q"][:, :, :191], "q_offset": 0}, "forward"),
+        ({name: x[:, :, :-1] for name, x in ROWS64.items()}, "forward"),
+        ({name: x[:, :, :1024] for name, x in ROWS64.items()}, "forward"),
+        ({name: x.half() for name, x in ROWS64.items()}, "narrow"),
+        ({name: x.float() for name, x in ROWS64.items()}, "forward"),
     ],
 )
 def test_what_the_kernel_of_compute_capability_9_takes(options: dict[str, Any], kernel: str) -> None:
@@ -384,7 +401,7 @@ def test_what_the_kernel_of_compute_capability_9_takes(options: dict[str, Any], 
     at = options.get("q_offset", 0)
     for layout, name in ((plans.Layout(x, x, x, at=at, gluon=True), kernel), (plans.Layout(x, x, x, at=at), "forward")):
         names = [each.kernel for each in plans.plan(call, layout).forward]
-        assert [each for each in names if each in ("forward", "plain")] == [name]
+        assert [each for each in names if each in ("forward", "plain", "narrow")] == [name]
 
 
 @pytest.mark.parametrize(
@@ -460,6 +477,44 @@ def test_the_kernel_of_compute_capability_9_compiles_in_jax(options: dict[str, A
     assert made.boxes == ((3, (1, 1, 128, 64)),) * 2
     arguments = made.ptx.partition(".visible .entry plain(")[2].partition(")")[0].count(".param")
     assert arguments == 3 + 2 * 8 + len(launch.numbers) + len(launch.outputs) + 2  # jaxlib adds two for scratch memory
+
+
+@pytest.mark.parametrize("sinks", [None, torch.float32], ids=["none", "sinks"])
+def test_the_kernel_of_rows_of_64_compiles_in_jax(sinks: torch.dtype | None) -> None:
+    """Three groups of warps that compute, and one that loads; what is finer than out is stored beside it."""
+    given = {} if sinks is None else {"sinks": torch.empty(4, dtype=sinks, device="meta")}
+    call = call_of(**ROWS64 | given)
+    x = (4 * 2048 * 64, 2048 * 64, 64)
+    launch = plans.plan(call, plans.Layout(x, x, x, gluon=True)).forward[-1]
+    dtypes = [call.dtype] * 3 + ["float32" if sinks else call.dtype]
+    made = gluon.compiled(launch, dtypes + [output.dtype for output in launch.outputs])
+    assert made.warps == 16
+    assert made.shared <= 227 * 1024
+    assert made.boxes == ((3, (1, 1, 64, 64)), *((3, (1, 1, 128, 64)),) * 2)
+    for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d", "cvt.rn.bf16x2.f32"):
+        assert instruction in made.ptx
+    arguments = made.ptx.partition(".visible .entry narrow(")[2].partition(")")[0].count(".param")
+    assert arguments == 4 + 3 * 8 + len(launch.numbers) + len(launch.outputs) + 2
+
+
+@pytest.mark.parametrize(("causal", "high"), [(False, 2**30), (True, 0)])
+def test_one_kernel_of_rows_of_64_serves_full_and_causal_calls(causal: bool, high: int) -> None:
+    call = call_of(**ROWS64, is_causal=causal)
+    x = (4 * 2048 * 64, 2048 * 64, 64)
+    launch = plans.plan(call, plans.Layout(x, x, x, gluon=True)).forward[-1]
+    assert launch.numbers[-2] == high
+    assert launch.grid == (88, 1, 1)  # tiles: fewer than multiprocessors
+    assert launch.blocks["q"].block == (1, 1, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("heads", "length", "high", "together"),
+    [(64, 4096, 0, 16), (128, 2048, 0, 32), (16, 16384, 0, 16), (64, 4096, 2**30, 2), (4096, 4096, 0, 16)],
+    ids=["many heads", "short rows", "long rows", "full", "very many"],
+)
+def test_shares_of_programs_are_alike(heads: int, length: int, high: int, together: int) -> None:
+    blocks = -(-length // plans.NARROW.queries)
+    assert plans._together(heads, blocks, length, high) == together
 
 
 def fake_jaxlib(**parts: Any) -> SimpleNamespace:

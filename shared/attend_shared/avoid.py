@@ -44,6 +44,7 @@ TRAITS: dict[str, Callable[[Call], bool]] = {
     "q_len % 128 == 64": lambda call: call.i % 128 == 64,
     "kv_len == 1": lambda call: call.j == 1,
     "kv_len >= 2048": lambda call: call.j >= 2048,
+    "kv_len >= 2048, d == 64": lambda call: call.j >= 2048 and call.d == 64,
     "kv_len >= 4096": lambda call: call.j >= 4096,
     "kv_len % 8 != 0": lambda call: call.j % 8 != 0,
     "kv_len % 32 == 1": lambda call: call.j % 32 == 1,

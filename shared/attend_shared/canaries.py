@@ -84,6 +84,7 @@ CAUSAL = {"is_causal": True}
 ANY = ("any call",)
 EMPTY = ("may have empty rows",)
 LONG = Size(b=1, i=32, j=4224)
+LONG64 = Size(b=1, h=4, i=200, j=2048)
 LONG128 = Size(b=1, h=4, i=200, j=2048, d=128, dv=128)
 DECODE = Size(h=4, hk=2, i=1, j=1000)
 L64, K64 = "q_len % 128 == 64", "kv_len % 128 == 64"
@@ -121,6 +122,11 @@ CANARIES = (
            ("kv_len >= 2048", "d == 128"), LONG128, repeat=True),
     Canary("long rows of 128, causal", "the same, the diagonal in the last blocks",
            ("kv_len >= 2048", "d == 128", "causal"), LONG128, options={**CAUSAL, "q_offset": 1848}),
+    Canary("long rows of 64", "the same with three groups of warps, which have other queries and see other keys",
+           ("kv_len >= 2048, d == 64",), LONG64, repeat=True),
+    Canary("long rows of 64, causal, sinks", "the same, the diagonal in the last blocks, and one more term at the end",
+           ("kv_len >= 2048, d == 64", "causal", "sinks"), LONG64, options={**CAUSAL, "q_offset": 1848},
+           arrays={"sinks": "sinks"}),
     # Rows without a key.
     Canary("left padding", "causal with keys masked on the left: the first rows have no key, and the loss sees them",
            EMPTY, options=CAUSAL, arrays={"mask": "left"}, quick=True),

@@ -63,7 +63,7 @@ class Launch(NamedTuple):
         outputs: what it writes.
         constants: what is fixed when it is compiled.
         warps, stages: num_warps and num_stages.
-        module: where it is: "attention", "bounds" or "hopper".
+        module: where it is: "attention", "bounds", "hopper" or "narrow".
         blocks: inputs that are given as tensor descriptors, by their names.
     """
 
@@ -86,7 +86,7 @@ class Launch(NamedTuple):
     @property
     def gluon(self) -> bool:
         """Whether it is in Gluon."""
-        return self.module == "hopper"
+        return self.module in ("hopper", "narrow")
 
 
 class Layout(NamedTuple):
@@ -99,8 +99,8 @@ class Layout(NamedTuple):
         at: q_offset where it is a number.
         one_id: whether q_segment_ids and kv_segment_ids are the same array.
         little: whether a program of this GPU has less than 200 KB of shared memory, or float32 only products in full.
-        gluon: whether this GPU runs the kernels of `hopper`; the rows of what those take must begin at multiples of 16
-            bytes.
+        gluon: whether this GPU runs the kernels of `hopper` and `narrow`; the rows of what those take must begin at
+            multiples of 16 bytes.
     """
 
     q: Strides
@@ -184,6 +184,10 @@ IN_FULL: dict[tuple[str, int], Tile] = {
     ("key_gradients", 128): Tile(32, 32, 4, 1),
 }
 PLAIN = Tile(128, 128, 4, 2)  # of hopper.plain: queries of a program, warps of each group, stages of keys and of values
+MANY_TILES = 2**12  # too many to go through them one by one when a call is planned
+PERSISTENT = 132  # programs of narrow, each of which goes over its share of the tiles
+TOGETHER = 2**16, 2**17, 2**18  # keys of the heads whose longest rows come first; the L2 cache holds twice the first
+NARROW = Tile(192, 128, 4, 3)  # of narrow.narrow, the same
 MANY_KEYS = 2048  # from which on it is faster: there is one program of it a multiprocessor, whose start nothing hides
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
@@ -201,7 +205,7 @@ PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
 
 @cache
 def runs_gluon(capability: str) -> bool:
-    """Whether a GPU of this compute capability runs the kernels of `hopper` with the Triton that is here."""
+    """Whether a GPU of this compute capability runs `hopper` and `narrow` with the Triton that is here."""
     try:
         release = Version(version("triton")).release
     except PackageNotFoundError:
@@ -290,6 +294,64 @@ def _plain(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
          "RIGHT": call.right is not None, "STAGES_K": PLAIN.stages, "STAGES_V": PLAIN.stages},
         PLAIN.warps, 1, "hopper", {"k": _blocks(call, k), "v": _blocks(call, v)},
     )  # fmt: skip
+
+
+def _is_narrow(call: Call, layout: Layout) -> bool:
+    """Whether `narrow.narrow` makes the same, faster: as `_is_plain`, of rows of 64, sinks or not."""
+    if not layout.gluon or call.j < MANY_KEYS or not call.d == call.dv == 64 or call.dtype == "float32":
+        return False
+    if call.i < NARROW.queries or call.j % NARROW.keys or call.scale <= 0 or call.sinks == "float64":
+        return False
+    if call.offset == "data" and (layout.offset or layout.at not in (0, call.j - call.i)):
+        return False  # other numbers are data in JAX
+    arrays = (call.mask, call.bias, call.left, call.softcap)
+    return all(x is None for x in arrays) and not (call.segments or call.q_lengths or call.kv_lengths or call.dropout)
+
+
+def _narrow(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
+    at, _, right, *_ = shared.rest
+    high = FAR if call.right is None else max(-FAR, min(FAR, at + right))
+    q, k, v = shared.layout[:3]
+    heads, blocks = call.b * call.h, _cdiv(call.i, NARROW.queries)
+    return Launch(
+        "narrow", (min(PERSISTENT, heads * blocks), 1, 1), ("q", "k", "v", "sinks" if call.sinks else None),
+        (heads, call.h, call.i, call.j, shared.rows, blocks, _together(heads, blocks, call.j, high), high,
+         shared.factor), results,
+        {"GROUP": call.h // call.hk, "QB": min(q[0], 1), "QH": min(q[1], 1), "KB": min(k[0], 1), "KH": min(k[1], 1),
+         "VB": min(v[0], 1), "VH": min(v[1], 1), "BNHD": shared.bnhd, "SINKS": call.sinks is not None,
+         "EXACT": _exact(call)},
+        NARROW.warps, 1, "narrow",
+        {"q": _rows_of(call.b, call.h, call.i, q, 64), "k": _rows_of(call.b, call.hk, call.j, k, NARROW.keys),
+         "v": _rows_of(call.b, call.hk, call.j, v, NARROW.keys)},
+    )  # fmt: skip
+
+
+def _together(heads: int, blocks: int, j: int, high: int) -> int:
+    """Of how many heads the longest rows come first: the fewest that leave no program much more than others.
+
+    What few heads read is still in the L2 cache when it is read again; of many, programs have shares more alike.
+    """
+    most = j // NARROW.keys
+    costs = [1 + max(1, min(most, _cdiv(max(0, (n + 1) * NARROW.queries + high), NARROW.keys))) for n in range(blocks)]
+    if costs[0] == costs[-1] or heads * blocks > MANY_TILES:
+        return 2 if costs[0] == costs[-1] else max(2, TOGETHER[0] // j)
+    found = {}
+    for keys in TOGETHER:
+        size = max(2, keys // j)
+        shares = [0] * PERSISTENT
+        runs = (min(size, heads - first) for first in range(0, heads, size))
+        order = (cost for run in runs for cost in costs[::-1] for _ in range(run))
+        for n, cost in enumerate(order):
+            turn, at = divmod(n, PERSISTENT)
+            shares[PERSISTENT - 1 - at if turn % 2 else at] += cost
+        found[size] = max(shares)
+    return min(size for size, share in found.items() if share <= 1.03 * min(found.values()))
+
+
+def _rows_of(b: int, h: int, n: int, strides: Strides, block: int) -> Blocks:
+    """Rows of 64 as a descriptor has them: of items or heads that are one in memory one, for no stride may be 0."""
+    sizes = [1 if stride == 0 else size for size, stride in zip((b, h), strides, strict=False)]
+    return Blocks((*sizes, n, 64), (*(stride or 64 for stride in strides), 1), (1, 1, block, 64))
 
 
 def _blocks(call: Call, strides: Strides) -> Blocks:
@@ -466,6 +528,8 @@ def plan(call: Call, layout: Layout) -> Plan:
     ))  # fmt: skip
     if not split and _is_plain(call, layout):
         launches[-1] = _plain(call, shared, results)
+    if not split and _is_narrow(call, layout):
+        launches[-1] = _narrow(call, shared, results)
     if split:
         launches.append(Launch(
             "join", (h // hk * i, b * hk, 1),
