@@ -360,20 +360,23 @@ ROWS64 = {name: x[..., :64] for name, x in LONG.items()}
         ({"is_causal": True}, "plain"),
         ({"k": LONG["k"][:, :2], "v": LONG["v"][:, :2]}, "plain"),
         ({"window_size": (None, 5)}, "plain"),
-        ({"window_size": (5, 0)}, "forward"),
+        ({"window_size": (500, 10)}, "forward"),
+        ({"window_size": (500, 11)}, "plain"),
+        ({"window_size": (5, None)}, "plain"),
         ({"softcap": 3.0}, "forward"),
         ({"scale": -1.0}, "forward"),
         ({"sinks": torch.empty(4, device="meta")}, "forward"),
         ({"mask": torch.empty(2, 2048, dtype=torch.bool, device="meta")}, "forward"),
         ({"kv_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, "forward"),
-        ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, "forward"),
+        ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, "forward"),  # how short rows are?
         ({"dropout": 0.1, "dropout_seed": 1}, "forward"),
         ({"q_offset": 5, "is_causal": True}, "forward"),  # which is data in JAX
         ({"q": LONG["q"][:, :, :200], "q_offset": 0, "is_causal": True}, "plain"),
         ({"q": LONG["q"][:, :, :200], "q_offset": 1848, "is_causal": True}, "plain"),
         ({"q": LONG["q"][:, :, :100], "q_offset": 0}, "forward"),
         ({name: x[:, :, :-1] for name, x in LONG.items()}, "forward"),
-        ({name: x[:, :, :1024] for name, x in LONG.items()}, "forward"),
+        ({name: x[:, :, :1024] for name, x in LONG.items()}, "plain"),
+        ({name: x[:, :, :896] for name, x in LONG.items()}, "forward"),
         ({name: x[..., :96] for name, x in LONG.items()}, "forward"),
         ({name: x.float() for name, x in LONG.items()}, "forward"),
         ({name: x.half() for name, x in LONG.items()}, "plain"),
@@ -465,18 +468,28 @@ def plain_launch(**options: Any) -> tuple[Call, plans.Launch]:
     return call, plans.plan(call, plans.Layout(x, x, x, gluon=True)).forward[-1]
 
 
-@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["full", "causal"])
-def test_the_kernel_of_compute_capability_9_compiles_in_jax(options: dict[str, Any]) -> None:
-    """Two groups of warps that compute, and one that loads, which jaxlib is told of; nothing spills."""
+@pytest.mark.parametrize(
+    "options", [{}, {"is_causal": True}, {"window_size": (600, 0)}], ids=["full", "causal", "window"]
+)
+def test_the_kernel_of_compute_capability_9_compiles_in_jax(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups of warps that compute, and one that loads, which jaxlib is told of."""
+    monkeypatch.setattr(plans, "PROGRAMS", 8 * 32)
+    plans.plan.cache_clear()
     call, launch = plain_launch(**options)
+    plans.plan.cache_clear()
+    assert launch.constants["EACH"] == 4
+    assert launch.grid == (16, 2, 1)
     made = gluon.compiled(launch, [call.dtype] * 3 + [output.dtype for output in launch.outputs])
     assert made.warps == 12
     assert made.shared <= 227 * 1024
     for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d"):
         assert instruction in made.ptx
-    assert made.boxes == ((3, (1, 1, 128, 64)),) * 2
+    assert made.boxes == ((3, (1, 1, 64, 64)), *((3, (1, 1, 128, 64)),) * 2)
     arguments = made.ptx.partition(".visible .entry plain(")[2].partition(")")[0].count(".param")
-    assert arguments == 3 + 2 * 8 + len(launch.numbers) + len(launch.outputs) + 2  # jaxlib adds two for scratch memory
+    # each descriptor has its sizes behind it, and jaxlib adds two for scratch memory
+    assert arguments == len(launch.inputs) + 3 * 8 + len(launch.numbers) + len(launch.outputs) + 2
 
 
 @pytest.mark.parametrize("sinks", [None, torch.float32], ids=["none", "sinks"])
@@ -514,7 +527,7 @@ def test_one_kernel_of_rows_of_64_serves_full_and_causal_calls(causal: bool, hig
 )
 def test_shares_of_programs_are_alike(heads: int, length: int, high: int, together: int) -> None:
     blocks = -(-length // plans.NARROW.queries)
-    assert plans._together(heads, blocks, length, high) == together
+    assert plans._neighbours(heads, blocks, length, high) == together
 
 
 def fake_jaxlib(**parts: Any) -> SimpleNamespace:
@@ -541,7 +554,8 @@ def test_what_jaxlib_is_told_of_a_kernel_in_gluon(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(jaxlib, "gpu_triton", sys.modules["jaxlib.gpu_triton"], raising=False)
     assert gluon.available.__wrapped__()
     _, launch = plain_launch(k=LONG["k"][:, :1], v=LONG["v"][:, :1], is_causal=True)
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 4, 2048, 128), *[(2, 1, 2048, 128)] * 2)]
+    shapes = {"k": (2, 1, 2048, 128), "v": (2, 1, 2048, 128)}  # what the call has not got is any array
+    inputs = [jax.ShapeDtypeStruct(shapes.get(name or "q", (2, 4, 2048, 128)), jnp.bfloat16) for name in launch.inputs]
     outputs = [jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype, _ in launch.outputs]
     told.clear()
     made = jax.jit(lambda *given: gluon.call(launch, given, outputs)).trace(*inputs)
@@ -551,9 +565,11 @@ def test_what_jaxlib_is_told_of_a_kernel_in_gluon(monkeypatch: pytest.MonkeyPatc
     assert grid == [16, 8, 1]
     described = {"elem_type": 9, "swizzle": 3, "shape": [2, 1, 2048, 128], "strides": [1048576, 262144, 128, 1],
                  "block_shape": [1, 1, 128, 64], "oob_fill": 0}  # fmt: skip
-    sizes = [*((n, "i32") for n in described["shape"]), *((n, "i64") for n in described["strides"])]
+    queries = described | {"shape": [2, 4, 2048, 128], "block_shape": [1, 1, 64, 64]}
+    of = [(each, *((n, "i32") for n in each["shape"]), *((n, "i64") for n in each["strides"]))
+          for each in (queries, described, described)]  # fmt: skip
     scalars = [(n, "fp32" if isinstance(n, float) else "i32") for n in launch.numbers]
-    assert parameters == ["array", described, *sizes, described, *sizes, *scalars, *["array"] * 5]
+    assert parameters == [*of[0], *of[1], *of[2], *["array"] * (len(launch.inputs) - 3), *scalars, *["array"] * 5]
 
 
 @pytest.mark.parametrize(

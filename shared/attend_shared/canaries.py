@@ -122,6 +122,8 @@ CANARIES = (
            ("kv_len >= 2048", "d == 128"), LONG128, repeat=True),
     Canary("long rows of 128, causal", "the same, the diagonal in the last blocks",
            ("kv_len >= 2048", "d == 128", "causal"), LONG128, options={**CAUSAL, "q_offset": 1848}),
+    Canary("long rows of 128, window", "the same, its ends in the first and the last blocks",
+           ("kv_len >= 2048", "d == 128", "window"), LONG128, options={"window_size": (600, 0), "q_offset": 1848}),
     Canary("long rows of 64", "the same with three groups of warps, which have other queries and see other keys",
            ("kv_len >= 2048, d == 64",), LONG64, repeat=True),
     Canary("long rows of 64, causal, sinks", "the same, the diagonal in the last blocks, and one more term at the end",

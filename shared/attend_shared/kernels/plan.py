@@ -136,6 +136,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("forward with dropout", 2, 128): Tile(64, 64, 4, 2),
     ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("query_gradients with a window", 2, 128): Tile(64, 64, 4, 2),
+    ("query_gradients with segments", 2, 128): Tile(64, 64, 4, 2),
     ("query_gradients", 2, 128): Tile(128, 64, 8, 3),
     ("query_gradients", 2, 256): Tile(128, 64, 8, 1),
     ("key_gradients", 2, 64): Tile(64, 64, 4, 3),
@@ -146,6 +147,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("key_gradients with softcap", 2, 128): Tile(32, 64, 4, 3),
     ("key_gradients with a bias", 2, 64): Tile(64, 64, 4, 2),
     ("key_gradients with a window", 2, 128): Tile(32, 64, 4, 3),
+    ("key_gradients with segments", 2, 128): Tile(32, 64, 4, 3),
     ("bias_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("bias_gradients", 2, 128): Tile(64, 64, 8, 2),
     ("bias_gradients", 2, 256): Tile(64, 32, 8, 1),
@@ -184,11 +186,14 @@ IN_FULL: dict[tuple[str, int], Tile] = {
     ("key_gradients", 128): Tile(32, 32, 4, 1),
 }
 PLAIN = Tile(128, 128, 4, 2)  # of hopper.plain: queries of a program, warps of each group, stages of keys and of values
+PLAIN_KEYS = 1024  # from which on it is faster: there is one program of it a multiprocessor, whose start nothing hides
+WIDE = 512  # keys of a window, from which on it is faster: a tile costs it as much as 4 blocks of keys do
+LONG = 8192  # keys, beyond which rows are so long that a program has one head: few programs end apart
 MANY_TILES = 2**12  # too many to go through them one by one when a call is planned
 PERSISTENT = 132  # programs of narrow, each of which goes over its share of the tiles
-TOGETHER = 2**16, 2**17, 2**18  # keys of the heads whose longest rows come first; the L2 cache holds twice the first
+NEIGHBOURS = 2**16, 2**17, 2**18  # keys of the heads whose longest rows come first; the L2 cache holds twice the first
 NARROW = Tile(192, 128, 4, 3)  # of narrow.narrow, the same
-MANY_KEYS = 2048  # from which on it is faster: there is one program of it a multiprocessor, whose start nothing hides
+NARROW_KEYS = 2048  # the same
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
@@ -234,7 +239,8 @@ def tile(kernel: str, call: Call, little: bool = False) -> Tile:
     if INTERPRETED:
         return SMALL_TILES[call.i * call.j > 64**2]
     width, size = 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))
-    has = {"dropout": call.dropout, "softcap": call.softcap is not None, "a window": call.left is not None}
+    has = {"dropout": call.dropout, "softcap": call.softcap is not None, "a window": call.left is not None,
+           "segments": call.segments}  # fmt: skip
     with_what = next((f" with {what}" for what in has if has[what]), "")
     with_bias = kernel + " with a bias" * (call.bias is not None)
     found = next(TILES[key] for key in ((name, width, size) for name in (kernel + with_what, with_bias, kernel))
@@ -269,43 +275,60 @@ def parts(call: Call, little: bool = False) -> int:
 
 
 def _is_plain(call: Call, layout: Layout) -> bool:
-    """Whether `hopper.plain` makes the same, faster: nothing but a bound on the right, long rows, whole blocks.
+    """Whether `hopper.plain` makes the same, faster: nothing but a window."""
+    if call.left is not None and call.left + 1 + (call.j if call.right is None else call.right) < WIDE:
+        return False
+    return _is_long(call, layout, 128, PLAIN_KEYS, PLAIN) and call.sinks is None
+
+
+def _is_long(call: Call, layout: Layout, d: int, keys: int, size: Tile) -> bool:
+    """Whether it has long rows of this size in whole blocks, and nothing but a window and sinks.
 
     Never by how arrays lie: then the bits would hang on it.
     """
-    if not layout.gluon or call.j < MANY_KEYS or not call.d == call.dv == 128 or call.dtype == "float32":
+    if not layout.gluon or call.j < keys or not call.d == call.dv == d or call.dtype == "float32":
         return False
-    if call.i < PLAIN.queries or call.j % PLAIN.keys or call.scale <= 0:
+    if call.i < size.queries or call.j % size.keys or call.scale <= 0:
         return False
     if call.offset == "data" and (layout.offset or layout.at not in (0, call.j - call.i)):
         return False  # other numbers are data in JAX
-    arrays = (call.mask, call.bias, call.left, call.sinks, call.softcap)
+    arrays = (call.mask, call.bias, call.softcap)
     return all(x is None for x in arrays) and not (call.segments or call.q_lengths or call.kv_lengths or call.dropout)
 
 
+def _heads_each(call: Call) -> int:
+    """How many heads a program of `hopper.plain` has, whose keys it loads while it stores what the last one gave.
+
+    As many as have the least to wait for: to begin costs a sixteenth of a tile, and programs go round together.
+    """
+    if call.left is None and call.j > LONG:
+        return 1
+    turns, heads = _cdiv(call.i, PLAIN.queries), call.b * call.h
+    return min((4, 2, 1), key=lambda each: _cdiv(turns * _cdiv(heads, each), PROGRAMS // 8) * (16 * each + 1))
+
+
 def _plain(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
-    at, _, right, *_ = shared.rest
-    k, v = shared.layout.k, shared.layout.v
+    at, left, right, *_ = shared.rest
+    q, k, v = shared.layout[:3]
+    low, high = (max(-FAR, min(FAR, x)) for x in (at - left, at + right))
+    each = _heads_each(call)
     return Launch(
-        "plain", (_cdiv(call.i, PLAIN.queries), call.b * call.h, 1), ("q", "k", "v"),
-        (call.h, call.i, call.j, shared.rows, *shared.qkv[:2], max(-FAR, min(FAR, at + right)), shared.factor), results,
-        {"GROUP": call.h // call.hk, "D": call.d, "BN": PLAIN.keys, "UNIT": shared.unit, "QN": shared.layout.q[2],
-         "KB": min(k[0], 1), "KH": min(k[1], 1), "VB": min(v[0], 1), "VH": min(v[1], 1), "BNHD": shared.bnhd,
-         "RIGHT": call.right is not None, "STAGES_K": PLAIN.stages, "STAGES_V": PLAIN.stages},
-        PLAIN.warps, 1, "hopper", {"k": _blocks(call, k), "v": _blocks(call, v)},
+        "plain", (_cdiv(call.i, PLAIN.queries), _cdiv(call.b * call.h, each), 1),
+        ("q", "k", "v"),
+        (call.b * call.h, call.h, call.i, call.j, shared.rows, low, high, shared.factor), results,
+        {"GROUP": call.h // call.hk, "D": call.d, "BN": PLAIN.keys, "EACH": each,
+         "QB": min(q[0], 1), "QH": min(q[1], 1), "KB": min(k[0], 1), "KH": min(k[1], 1), "VB": min(v[0], 1),
+         "VH": min(v[1], 1), "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None,
+         "STAGES_K": PLAIN.stages, "STAGES_V": PLAIN.stages},
+        PLAIN.warps, 1, "hopper",
+        {"q": _blocks(call, q, call.h, call.i, PLAIN.queries // 2), "k": _blocks(call, k, call.hk, call.j, PLAIN.keys),
+         "v": _blocks(call, v, call.hk, call.j, PLAIN.keys)},
     )  # fmt: skip
 
 
 def _is_narrow(call: Call, layout: Layout) -> bool:
     """Whether `narrow.narrow` makes the same, faster: as `_is_plain`, of rows of 64, sinks or not."""
-    if not layout.gluon or call.j < MANY_KEYS or not call.d == call.dv == 64 or call.dtype == "float32":
-        return False
-    if call.i < NARROW.queries or call.j % NARROW.keys or call.scale <= 0 or call.sinks == "float64":
-        return False
-    if call.offset == "data" and (layout.offset or layout.at not in (0, call.j - call.i)):
-        return False  # other numbers are data in JAX
-    arrays = (call.mask, call.bias, call.left, call.softcap)
-    return all(x is None for x in arrays) and not (call.segments or call.q_lengths or call.kv_lengths or call.dropout)
+    return _is_long(call, layout, 64, NARROW_KEYS, NARROW) and call.left is None and call.sinks != "float64"
 
 
 def _narrow(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
@@ -315,18 +338,18 @@ def _narrow(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
     heads, blocks = call.b * call.h, _cdiv(call.i, NARROW.queries)
     return Launch(
         "narrow", (min(PERSISTENT, heads * blocks), 1, 1), ("q", "k", "v", "sinks" if call.sinks else None),
-        (heads, call.h, call.i, call.j, shared.rows, blocks, _together(heads, blocks, call.j, high), high,
+        (heads, call.h, call.i, call.j, shared.rows, blocks, _neighbours(heads, blocks, call.j, high), high,
          shared.factor), results,
         {"GROUP": call.h // call.hk, "QB": min(q[0], 1), "QH": min(q[1], 1), "KB": min(k[0], 1), "KH": min(k[1], 1),
          "VB": min(v[0], 1), "VH": min(v[1], 1), "BNHD": shared.bnhd, "SINKS": call.sinks is not None,
          "EXACT": _exact(call)},
         NARROW.warps, 1, "narrow",
-        {"q": _rows_of(call.b, call.h, call.i, q, 64), "k": _rows_of(call.b, call.hk, call.j, k, NARROW.keys),
-         "v": _rows_of(call.b, call.hk, call.j, v, NARROW.keys)},
+        {"q": _blocks(call, q, call.h, call.i, 64), "k": _blocks(call, k, call.hk, call.j, NARROW.keys),
+         "v": _blocks(call, v, call.hk, call.j, NARROW.keys)},
     )  # fmt: skip
 
 
-def _together(heads: int, blocks: int, j: int, high: int) -> int:
+def _neighbours(heads: int, blocks: int, j: int, high: int) -> int:
     """Of how many heads the longest rows come first: the fewest that leave no program much more than others.
 
     What few heads read is still in the L2 cache when it is read again; of many, programs have shares more alike.
@@ -334,9 +357,9 @@ def _together(heads: int, blocks: int, j: int, high: int) -> int:
     most = j // NARROW.keys
     costs = [1 + max(1, min(most, _cdiv(max(0, (n + 1) * NARROW.queries + high), NARROW.keys))) for n in range(blocks)]
     if costs[0] == costs[-1] or heads * blocks > MANY_TILES:
-        return 2 if costs[0] == costs[-1] else max(2, TOGETHER[0] // j)
+        return 2 if costs[0] == costs[-1] else max(2, NEIGHBOURS[0] // j)
     found = {}
-    for keys in TOGETHER:
+    for keys in NEIGHBOURS:
         size = max(2, keys // j)
         shares = [0] * PERSISTENT
         runs = (min(size, heads - first) for first in range(0, heads, size))
@@ -348,17 +371,11 @@ def _together(heads: int, blocks: int, j: int, high: int) -> int:
     return min(size for size, share in found.items() if share <= 1.03 * min(found.values()))
 
 
-def _rows_of(b: int, h: int, n: int, strides: Strides, block: int) -> Blocks:
-    """Rows of 64 as a descriptor has them: of items or heads that are one in memory one, for no stride may be 0."""
-    sizes = [1 if stride == 0 else size for size, stride in zip((b, h), strides, strict=False)]
-    return Blocks((*sizes, n, 64), (*(stride or 64 for stride in strides), 1), (1, 1, block, 64))
-
-
-def _blocks(call: Call, strides: Strides) -> Blocks:
-    """Keys or values as a descriptor has them: of items or heads that are one in memory one, for no stride may be 0."""
-    sizes = [1 if stride == 0 else size for size, stride in zip((call.b, call.hk), strides, strict=False)]
+def _blocks(call: Call, strides: Strides, heads: int, length: int, block: int) -> Blocks:
+    """Rows as a descriptor has them: of items or heads that are one in memory one, for no stride may be 0."""
+    sizes = [1 if stride == 0 else size for size, stride in zip((call.b, heads), strides, strict=False)]
     steps = [stride or call.d for stride in strides]
-    return Blocks((*sizes, call.j, call.d), (*steps, 1), (1, 1, PLAIN.keys, call.d))
+    return Blocks((*sizes, length, call.d), (*steps, 1), (1, 1, block, call.d))
 
 
 def _key_passes(call: Call) -> tuple[tuple[str, bool, bool], ...]:
