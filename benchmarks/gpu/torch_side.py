@@ -102,10 +102,10 @@ def trained(load: Workload) -> list[str]:
 
 
 class Prepared(NamedTuple):
-    """One entry, ready: its call by mode and set of inputs, and what the library chose."""
+    """One entry, ready: its call by mode and set of inputs, and what the library chose in each mode."""
 
     call: Callable[[str, int], Any]
-    chosen: str | None
+    chosen: dict[str, str] | None
     layout: str
 
 
@@ -143,7 +143,7 @@ def prepare(entry: str, load: Workload, inputs: Data) -> Prepared:
     return Prepared(call, chosen, layout)
 
 
-def _ours(name: str | None, load: Workload, inputs: Data, layout: str) -> tuple[Callable[..., Any], str]:
+def _ours(name: str | None, load: Workload, inputs: Data, layout: str) -> tuple[Callable[..., Any], dict[str, str]]:
     import attend_torch
     import attend_torch.convert
 
@@ -158,7 +158,10 @@ def _ours(name: str | None, load: Workload, inputs: Data, layout: str) -> tuple[
     explanation = attend_torch.explain(**arrays, **asked)
     if explanation.chosen is None:
         raise Unsupported(dict(explanation.rows).get(str(name)) or f"attend_torch has no {name}")
-    return (lambda **arrays: attend_torch.attend(**arrays, **asked)), explanation.chosen
+    with torch.no_grad():
+        alone = attend_torch.explain(**arrays, **asked).chosen
+    chosen = {"forward": alone or explanation.chosen, "both": explanation.chosen}
+    return (lambda **arrays: attend_torch.attend(**arrays, **asked)), chosen
 
 
 def _rules(load: Workload) -> bool:

@@ -32,11 +32,12 @@ class OfTorch:
     def prepare(self, entry: str, least: float) -> dict[str, Any]:
         """For each mode: its errors, calls, memory; or a reason."""
         ready = self.side.prepare(entry, self.load, self.inputs)
-        found: dict[str, Any] = {"chosen": ready.chosen, "modes": {}}
+        found: dict[str, Any] = {"chosen": None, "modes": {}}
         for mode in modes(self.load):
             try:
                 errors = self.side.check(ready, self.load, mode, self.expected)
-                found["modes"][mode] = {"errors": errors, **self.side.calibrate(ready, mode, least)}
+                chosen = ready.chosen and ready.chosen[mode]
+                found["modes"][mode] = {"chosen": chosen, "errors": errors, **self.side.calibrate(ready, mode, least)}
             except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
                 found["modes"][mode] = {"not_run": _words(error)}
         self.ready[entry] = ready
