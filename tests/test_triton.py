@@ -340,6 +340,9 @@ def test_float32_is_multiplied_in_full_where_sums_of_shorter_products_were_not_t
     half, long = call._replace(dtype="bfloat16"), call._replace(dv=256)
     little = {each: [plans.is_little(of, each) for of in (call, half, long)] for each in ("8.0", "9.0", "10.0", "")}
     assert little == {"8.0": [True] * 3, "9.0": [False, False, True], "10.0": [True, False, True], "": [True] * 3}
+    assert [plans.is_little(call._replace(**each), "9.0") for each in ({"i": 16}, {"i": 17}, {"dropout": 0.1})] == [
+        True, False, True
+    ]  # fmt: skip
     dtypes = dict.fromkeys(("q", "k", "v"), call.dtype)
     plan = plans.plan(call, plans.Layout(x, x, x, little=True))
     dtypes |= {output.name: output.dtype for output in plan.forward[-1].outputs}

@@ -199,6 +199,7 @@ MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
 MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
 BY_THIRDS = ("9.0",)  # where products of float32 are put together from those of bfloat16; 10.0 has no room for the sums
+FEW = 16  # queries, up to which products of float32 are made in full all the same
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
 DRAWN = Tile(128, 128, 1, 1) if INTERPRETED else Tile(128, 32, 2, 1)  # of `draw`, at a time
@@ -220,8 +221,11 @@ def runs_gluon(capability: str) -> bool:
 
 def is_little(call: Call, capability: str) -> bool:
     """What `Layout` has as `little`, for a GPU of this compute capability."""
-    if call.dtype == "float32":  # in whose tiles for rows of 256 the parts of an operand fill the registers
-        return capability not in BY_THIRDS or max(call.d, call.dv) > 128
+    if call.dtype == "float32":
+        # The parts of rows of 256 fill the registers; few queries wait for memory; and with dropout the gradients of a
+        # row with one key, which are 0, came out by more than the budget off.
+        wide = max(call.d, call.dv) > 128
+        return capability not in BY_THIRDS or wide or call.i <= FEW or call.dropout > 0
     return capability not in MUCH_SHARED
 
 
