@@ -156,14 +156,14 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("query_and_bias_gradients of items", 2, 64): Tile(128, 32, 8, 2),
     ("query_and_bias_gradients of items", 2, 128): Tile(128, 32, 8, 2),
     ("forward", 4, 64): Tile(64, 64, 4, 3),
-    ("forward", 4, 128): Tile(64, 64, 4, 1),
+    ("forward", 4, 128): Tile(32, 32, 4, 2),
     ("forward", 4, 256): Tile(32, 16, 4, 1),
     ("query_gradients", 4, 64): Tile(64, 64, 4, 1),
-    ("query_gradients", 4, 128): Tile(128, 32, 8, 1),
+    ("query_gradients", 4, 128): Tile(32, 32, 4, 1),
     ("query_gradients", 4, 256): Tile(16, 16, 4, 1),
     ("query_and_bias_gradients", 4, 64): Tile(32, 32, 4, 2),
     ("key_gradients", 4, 64): Tile(64, 64, 4, 2),
-    ("key_gradients", 4, 128): Tile(32, 128, 8, 1),
+    ("key_gradients", 4, 128): Tile(32, 32, 4, 1),
     ("key_gradients", 4, 256): Tile(16, 16, 4, 1),
     ("bias_gradients", 4, 64): Tile(32, 32, 4, 2),
     ("bias_gradients", 4, 128): Tile(32, 32, 4, 1),
@@ -179,11 +179,8 @@ TILES: dict[tuple[str, int, int], Tile] = {
 IN_FULL: dict[tuple[str, int], Tile] = {
     # of float32 where its products are not put together from those of bfloat16: (kernel, as above)
     ("forward", 64): Tile(64, 32, 4, 2),
-    ("forward", 128): Tile(32, 32, 4, 2),
     ("query_gradients", 64): Tile(32, 32, 4, 2),
-    ("query_gradients", 128): Tile(32, 32, 4, 1),
     ("key_gradients", 64): Tile(32, 32, 4, 2),
-    ("key_gradients", 128): Tile(32, 32, 4, 1),
 }
 PLAIN = Tile(128, 128, 4, 2)  # of hopper.plain: queries of a program, warps of each group, stages of keys and of values
 PLAIN_KEYS = 1024  # from which on it is faster: there is one program of it a multiprocessor, whose start nothing hides
@@ -222,9 +219,9 @@ def runs_gluon(capability: str) -> bool:
 def is_little(call: Call, capability: str) -> bool:
     """What `Layout` has as `little`, for a GPU of this compute capability."""
     if call.dtype == "float32":
-        # The parts of rows of 256 fill the registers; few queries wait for memory; and with dropout the gradients of a
-        # row with one key, which are 0, came out by more than the budget off.
-        wide = max(call.d, call.dv) > 128
+        # The parts of rows of 256 fill the registers, and those of 128 were never compared with anything; few queries
+        # wait for memory; and with dropout the gradients of a row with one key, which are 0, missed the budget.
+        wide = max(call.d, call.dv) > 64
         return capability not in BY_THIRDS or wide or call.i <= FEW or call.dropout > 0
     return capability not in MUCH_SHARED
 
