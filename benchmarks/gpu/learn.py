@@ -1,9 +1,9 @@
 """The orders of implementations that a run teaches: `python -m benchmarks.gpu.learn FILE` writes them down.
 
 They go to attend_shared/measured.py. For each framework and rule (`attend_shared.devices.RULES`), over the workloads
-under that rule: for each implementation, the geometric mean of its time by that of our fastest one there. The order is
-these means: in torch one of forward, for calls without gradients, and one of forward + backward; in JAX, where no call
-can know which it is, one of both.
+under that rule: for each implementation, the geometric mean of its time by that of our fastest one there. The order
+is by these means: in torch one of forward, for calls without gradients, and one of forward + backward; in JAX, where no
+call can know which it is, one of both.
 """
 
 from __future__ import annotations
@@ -191,12 +191,13 @@ def losses(results: Results, framework: str, by_rule: Orders) -> Iterator[Loss]:
 def behind(results: Results, framework: str, by_rule: Orders) -> Iterator[Loss]:
     """The same by what an order is learnt from: in JAX both directions of a workload at once, by the geometric mean."""
     found: dict[tuple[str, str, tuple[str, ...]], list[Loss]] = {}
+    known = measured(results, framework)
     for loss in losses(results, framework, by_rule):
-        loads = measured(results, framework)[loss.rule]
+        loads = known[loss.rule]
         counting = tuple(it for it in _counting(framework, loss.mode, loads.values()) if it in loads[loss.name])
         found.setdefault((loss.rule, loss.name, counting), []).append(loss)
     for (each, name, counting), parts in found.items():
-        modes = {mode: times for mode, times in measured(results, framework)[each][name].items() if mode in counting}
+        modes = {mode: times for mode, times in known[each][name].items() if mode in counting}
         everywhere = [it for it in by_rule[each][parts[0].mode] if all(it in times for times in modes.values())]
         if everywhere:
             means = {it: math.prod(times[it] for times in modes.values()) ** (1 / len(modes)) for it in everywhere}

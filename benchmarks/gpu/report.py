@@ -160,6 +160,12 @@ def is_peer(entry: str) -> bool:
     return not entry.startswith(CHOICE)
 
 
+ALIKE = {
+    "triton": {"torch": workloads.TURNED, "jax": f"{CHOICE} triton"}, "fa4": dict.fromkeys(FRAMEWORKS, f"{CHOICE} fa4")
+}  # fmt: skip
+"""What is compared across frameworks: `triton` on rows that lie alike."""
+
+
 # Aims.
 
 
@@ -243,8 +249,8 @@ def _overheads(results: Results) -> list[Aim]:
 
 
 def _across(results: Results, most: float) -> list[Aim]:
-    """`triton` in both frameworks, on rows that lie alike, where both were measured with the same sources."""
-    of, ratios = {"torch": workloads.TURNED, "jax": f"{CHOICE} triton"}, {}
+    """`triton` in both frameworks, where both were measured with the same sources."""
+    of, ratios = ALIKE["triton"], {}
     for load in results.names():
         for mode in MODES:
             ratio = results.ratio(load, mode, ("jax", of["jax"]), ("torch", of["torch"]))
@@ -400,9 +406,9 @@ def across(results: Results) -> list[Table]:
     rows = []
     for name in results.names():
         texts = []
-        for entry in (f"{CHOICE} triton", f"{CHOICE} fa4"):
+        for of in ALIKE.values():
             for mode in MODES:
-                ratio = results.ratio(name, mode, ("jax", entry), ("torch", entry))
+                ratio = results.ratio(name, mode, ("jax", of["jax"]), ("torch", of["torch"]))
                 texts.append(f"{ratio.value:.2f}x" if ratio else "")
         if any(texts):
             rows.append((name, *texts))

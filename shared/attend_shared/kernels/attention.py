@@ -588,6 +588,21 @@ def _item_and_head(H, SHARED: tl.constexpr):
 
 
 @triton.jit
+def with_sink(natural, sink):
+    """lse of rows with a sink beside their keys, whether nothing is in it, and the shares of the keys and of the sink:
+    in natural units, as a sink may be as low as numbers go.
+    """
+    most = tl.maximum(natural, sink)
+    shift = tl.where(most == NOTHING, 0.0, most)
+    ours, its = _exp(natural - shift, False), _exp(sink - shift, False)
+    both = ours + its
+    empty = both == 0
+    both = tl.where(empty, 1.0, both)
+    keys = ours / both
+    return most + LN2 * tl.log2(both), empty, keys, its / both
+
+
+@triton.jit
 def _finish(
     acc, m, total, sinks, b, heads, rows, inside, alive, H, I, P, kept, out, lse, top, inverse, exact,
     DV: tl.constexpr, BDV: tl.constexpr, BNHD: tl.constexpr, Q_LENGTHS: tl.constexpr, SINKS: tl.constexpr,
@@ -606,17 +621,11 @@ def _finish(
         shrink = 1 / total
         joined = m + tl.log2(total)
         natural = joined * LN2
-        if SINKS:  # in natural units, as a sink may be as low as numbers go
-            most = tl.maximum(natural, sink)
-            shift = tl.where(most == NOTHING, 0.0, most)
-            ours, its = _exp(natural - shift, False), _exp(sink - shift, False)
-            both = ours + its
-            empty = both == 0
-            both = tl.where(empty, 1.0, both)
-            shrink *= ours / both
-            natural = most + LN2 * tl.log2(both)
+        if SINKS:
+            natural, empty, ours, its = with_sink(natural, sink)
+            shrink *= ours
             joined = tl.maximum(natural * LOG2E, LEAST)
-            tl.store(inverse + places, its / both, mask=inside)  # the share of the sink
+            tl.store(inverse + places, its, mask=inside)
         seen = joined
     else:
         shrink = tl.full((1,), 1.0, tl.float32)

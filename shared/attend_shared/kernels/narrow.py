@@ -17,6 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from attend_shared.kernels import plan
+from attend_shared.kernels.attention import with_sink
 
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(plan.LOG2E)
@@ -212,18 +213,12 @@ def _attend(
         seen = m + gl.log2(total)
         natural = seen * LN2
         kept = n.to(gl.int64) * P + rows
-        if SINKS:  # as in `attention`
+        if SINKS:
             sink = gl.load(sinks + head).to(gl.float32) + gl.zeros_like(m)
-            most = gl.maximum(natural, sink)
-            shift = gl.where(most == NOTHING, 0.0, most)
-            ours, its = gl.exp2((natural - shift) * LOG2E), gl.exp2((sink - shift) * LOG2E)
-            both = ours + its
-            empty = both == 0
-            both = gl.where(empty, 1.0, both)
-            shrink *= ours / both
-            natural = most + LN2 * gl.log2(both)
+            natural, empty, ours, its = with_sink(natural, sink)
+            shrink *= ours
             seen = gl.maximum(natural * LOG2E, LEAST)
-            gl.store(inverse + kept, gl.where(rows < I, its / both, 0.0), mask=rows < P)
+            gl.store(inverse + kept, gl.where(rows < I, its, 0.0), mask=rows < P)
         # rows behind the last see nothing
         gl.store(top + kept, gl.where(empty | (rows >= I), float("inf"), seen), mask=rows < P)
         if WHICH == GROUPS - 1:  # and those behind the last tile

@@ -345,8 +345,8 @@ def _narrow(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
          "VB": min(v[0], 1), "VH": min(v[1], 1), "BNHD": shared.bnhd, "SINKS": call.sinks is not None,
          "EXACT": _exact(call)},
         NARROW.warps, 1, "narrow",
-        {"q": _blocks(call, q, call.h, call.i, 64), "k": _blocks(call, k, call.hk, call.j, NARROW.keys),
-         "v": _blocks(call, v, call.hk, call.j, NARROW.keys)},
+        {"q": _blocks(call, q, call.h, call.i, NARROW.queries // 3),
+         "k": _blocks(call, k, call.hk, call.j, NARROW.keys), "v": _blocks(call, v, call.hk, call.j, NARROW.keys)},
     )  # fmt: skip
 
 
