@@ -30,7 +30,10 @@ EXTRAS = ("click", "rich", "matplotlib", "transformers", "safetensors", "tokeniz
 # What a module of attend_shared may import at its head: its dependencies, and for the command line the extra `cli`.
 HEAD = {"numpy", "einops", "packaging", "click", "rich"}
 # Which are imported where a kernel is launched, and nowhere else.
-KERNELS = tuple(f"attend_shared.kernels.{name}" for name in ("attention", "bounds", "hopper", "narrow"))
+KERNELS = tuple(
+    f"attend_shared.kernels.{name}"
+    for name in ("attention", "bounds", "dropout", "gradients", "hopper", "narrow", "tiles", "visits")
+)
 
 
 def modules(package: str) -> list[str]:

@@ -66,11 +66,12 @@ class Grids(SimpleNamespace):
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    from attend_shared.kernels import attention, bounds
+    from attend_shared.kernels import attention, bounds, gradients
 
     found = Machine()
     for module, kernels in (
-        (attention, ("forward", "row_sums", "query_gradients", "key_gradients")),
+        (attention, ("forward",)),
+        (gradients, ("row_sums", "query_gradients", "key_gradients")),
         (bounds, ("key_ranges", "query_ranges", "overlaps", "list_blocks", "pack_keys")),
     ):
         for name in kernels:

@@ -1,4 +1,4 @@
-"""What the kernels of `attention` need not visit, or not look at: found out on the device.
+"""What the kernels of `attention` and `gradients` need not visit, or not look at: found out on the device.
 
 Bounds from segments, the list of blocks that have a key at all, and the keys that an item has, one behind the other. G
 is how many rows or keys are taken together. Arguments are as in `attention`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attend_shared.kernels.attention import FAR, length_of
+from attend_shared.kernels.visits import FAR, length_of
 
 
 @triton.jit

@@ -63,7 +63,7 @@ class Launch(NamedTuple):
         outputs: what it writes.
         constants: what is fixed when it is compiled.
         warps, stages: num_warps and num_stages.
-        module: where it is: "attention", "bounds", "hopper" or "narrow".
+        module: where it is: "attention", "gradients", "dropout", "bounds", "hopper" or "narrow".
         blocks: inputs that are given as tensor descriptors, by their names.
     """
 
@@ -690,6 +690,7 @@ def _queries_and_bias(
         (call.h, call.i, call.j, shared.rows, *qkv, *shared.pairs, *shared.rest, call.scale),
         (Output("dq", shared.shape(call.h, call.i, call.d), call.dtype), dbias),
         constants | {"BNHD": shared.bnhd, "ITEMS": items, "EIGHT": 1 if call.j % 8 else 8}, size.warps, size.stages,
+        "gradients",
     )  # fmt: skip
 
 
@@ -705,6 +706,7 @@ def _draw(call: Call, layout: Layout, shared: _Shared) -> Launch:
         {"BM": size.queries, "TURN": turns, "TURNS": DRAWN_TURNS, "WORDS": words(call),
          "THRESHOLD": threshold(call.dropout), "LEFT": call.left is not None, "RIGHT": call.right is not None,
          "OFFSET": layout.offset, "Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths}, size.warps, size.stages,
+        "dropout",
     )  # fmt: skip
 
 
@@ -725,12 +727,13 @@ def _backward(
          Output("partial", (b, h, blocks) if call.sinks else (b, 1, 1), "float32", call.sinks is not None)),
         {"DV": dv, "BDV": _padded(dv), "BM": ROWS, "UNIT": unit, "DON": dout[2], "BNHD": shared.bnhd,
          "Q_LENGTHS": call.q_lengths, "LSE": has_dlse, "SINKS": call.sinks is not None, "BASE2": shared.base2}, 4, 1,
+        "gradients",
     )  # fmt: skip
     launches = [sums]
     if call.sinks is not None:
         launches.append(Launch(
             "sum_sinks", (h, 1, 1), ("partial",), (h, b, blocks), (Output("dsinks", (h,), call.sinks),),
-            {"BLOCK": MANY}, 4, 1,
+            {"BLOCK": MANY}, 4, 1, "gradients",
         ))  # fmt: skip
     once = draws_once(call)
     if once:
@@ -750,7 +753,7 @@ def _backward(
             "query_gradients", (_cdiv(i, size.queries), b * h, 1),
             (*base, *shared.lists, *saved), (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
             (Output("dq", shared.shape(h, i, d), call.dtype),),
-            constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages,
+            constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages, "gradients",
         ))  # fmt: skip
     unused = Output("unused", (1,), call.dtype, False)
     for kernel, keys, values in _key_passes(call):
@@ -761,7 +764,7 @@ def _backward(
             (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
             (Output("dk", shared.shape(hk, j, d), call.dtype) if keys else unused,
              Output("dv", shared.shape(hk, j, dv), call.dtype) if values else unused),
-            constants | {"BNHD": shared.bnhd, "KEYS": keys, "VALUES": values}, size.warps, size.stages,
+            constants | {"BNHD": shared.bnhd, "KEYS": keys, "VALUES": values}, size.warps, size.stages, "gradients",
         ))  # fmt: skip
     if dbias and not together:
         size = tile("bias_gradients", call, layout.little)
@@ -776,6 +779,6 @@ def _backward(
             (dbias,),
             constants | {"ALL_B": not full_b, "ALL_H": not full_h, "ALL_I": not full_i,
                          "ALL_J": not full_j},
-            size.warps, size.stages,
+            size.warps, size.stages, "gradients",
         ))  # fmt: skip
     return tuple(launches)
