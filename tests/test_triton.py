@@ -322,11 +322,11 @@ def test_what_reads_drawn_bits_compiles_for_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("d", [128, 256])
-def test_what_has_little_shared_memory_gets_smaller_blocks(d: int) -> None:
+def test_where_shared_memory_is_little_blocks_are_smaller(d: int) -> None:
     """99 KB a program, as compute capability 8.6, 8.9 and 12.0 have."""
     call = call_of(**{name: torch.empty(2, 4, 96, d, dtype=torch.bfloat16, device="meta") for name in "qkv"})
     x = (4 * 96 * d, 96 * d, d)
-    plan = plans.plan(call, plans.Layout(x, x, x, little=True))
+    plan = plans.plan(call, plans.Layout(x, x, x, capability="8.6"))
     dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype)
     for launch in (*plan.forward, *plan.backward(x, False, False, False)):
         dtypes |= {output.name: output.dtype for output in launch.outputs}
@@ -337,14 +337,11 @@ def test_what_has_little_shared_memory_gets_smaller_blocks(d: int) -> None:
 def test_float32_is_multiplied_in_full_where_sums_of_shorter_products_were_not_tried() -> None:
     call = call_of(**{name: torch.empty(2, 4, 96, 64, device="meta") for name in "qkv"})
     x = (4 * 96 * 64, 96 * 64, 64)
-    half, long = call._replace(dtype="bfloat16"), call._replace(dv=65)
-    little = {each: [plans.is_little(of, each) for of in (call, half, long)] for each in ("8.0", "9.0", "10.0", "")}
-    assert little == {"8.0": [True] * 3, "9.0": [False, False, True], "10.0": [True, False, True], "": [True] * 3}
-    assert [plans.is_little(call._replace(**each), "9.0") for each in ({"i": 16}, {"i": 17}, {"dropout": 0.1})] == [
-        True, False, True
-    ]  # fmt: skip
+    assert [plans.in_full(call, each) for each in ("8.0", "9.0", "10.0", "")] == [True, False, True, True]
+    others = {"dv": 65}, {"i": 16}, {"i": 17}, {"dropout": 0.1}
+    assert [plans.in_full(call._replace(**each), "9.0") for each in others] == [True, True, False, True]
     dtypes = dict.fromkeys(("q", "k", "v"), call.dtype)
-    plan = plans.plan(call, plans.Layout(x, x, x, little=True))
+    plan = plans.plan(call, plans.Layout(x, x, x, capability="8.6"))
     dtypes |= {output.name: output.dtype for output in plan.forward[-1].outputs}
     compiled = compile_for_hopper(plan.forward[-1], dtypes, 86)
     assert "mma." not in compiled.asm["ptx"]

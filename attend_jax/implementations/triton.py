@@ -163,8 +163,7 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[Plan, dict[str, Array]]:
     one_id = arrays.kv_segment_ids is None
     q, k, v = (_strides(x, bnhd) for x in arrays[:3])
     layout = Layout(q, k, v, _pair_strides(arrays.mask), _pair_strides(arrays.bias), offset, 0, one_id,
-                    plans.is_little(call, capability()),
-                    plans.runs_gluon(capability()) and gluon.available())  # fmt: skip
+                    capability(), plans.runs_gluon(capability()) and gluon.available())  # fmt: skip
     if one_id:
         arrays = arrays._replace(kv_segment_ids=arrays.q_segment_ids)
     known = {name: x for name, x in arrays._asdict().items() if x is not None}

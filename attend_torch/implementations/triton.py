@@ -333,9 +333,8 @@ def _plan(
     call: Call, q: tuple, k: tuple, v: tuple, mask: tuple | None, bias: tuple | None, offset: int, at: int, one_id: bool
 ) -> _Plan:
     """For arrays of these strides; the others as in `Layout`."""
-    little = plans.is_little(call, capability())
     gluon = plans.runs_gluon(capability())
-    return _Plan(call, Layout(q[:3], k[:3], v[:3], mask, bias, offset, at, one_id, little, gluon))
+    return _Plan(call, Layout(q[:3], k[:3], v[:3], mask, bias, offset, at, one_id, capability(), gluon))
 
 
 _SMALL = ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "dropout_seed")

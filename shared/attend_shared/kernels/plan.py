@@ -98,7 +98,7 @@ class Layout(NamedTuple):
         offset: 0 where q_offset is a number (`at`), 1 where it is an array (), 2 where it is (b,).
         at: q_offset where it is a number.
         one_id: whether q_segment_ids and kv_segment_ids are the same array.
-        little: whether a program of this GPU has less than 200 KB of shared memory, or float32 only products in full.
+        capability: the compute capability of the GPU, such as "9.0": what tiles fit it, how float32 is multiplied.
         gluon: whether this GPU runs the kernels of `hopper` and `narrow`; the rows of what those take must begin at
             multiples of 16 bytes.
     """
@@ -111,7 +111,7 @@ class Layout(NamedTuple):
     offset: int = 0
     at: int = 0
     one_id: bool = False
-    little: bool = False
+    capability: str = "9.0"
     gluon: bool = False
 
 
@@ -216,14 +216,12 @@ def runs_gluon(capability: str) -> bool:
     return capability == "9.0" and release[:2] == (3, 6) and not INTERPRETED  # Gluon changes with each release
 
 
-def is_little(call: Call, capability: str) -> bool:
-    """What `Layout` has as `little`, for a GPU of this compute capability."""
-    if call.dtype == "float32":
-        # The parts of rows of 256 fill the registers, and those of 128 were never compared with anything; few queries
-        # wait for memory; and with dropout the gradients of a row with one key, which are 0, missed the budget.
-        wide = max(call.d, call.dv) > 64
-        return capability not in BY_THIRDS or wide or call.i <= FEW or call.dropout > 0
-    return capability not in MUCH_SHARED
+def in_full(call: Call, capability: str) -> bool:
+    """Whether products of float32 are made in full, rather than put together from those of bfloat16."""
+    # The parts of rows of 256 fill the registers, and those of 128 were never compared with anything; few queries wait
+    # for memory; and with dropout the gradients of a row with one key, which are 0, missed the budget.
+    wide = max(call.d, call.dv) > 64
+    return capability not in BY_THIRDS or wide or call.i <= FEW or call.dropout > 0
 
 
 def refusal(call: Call) -> str | None:
@@ -235,8 +233,8 @@ def refusal(call: Call) -> str | None:
     return None
 
 
-def tile(kernel: str, call: Call, little: bool = False) -> Tile:
-    """The sizes of a kernel's blocks for a call; little: as in `Layout`."""
+def tile(kernel: str, call: Call, capability: str) -> Tile:
+    """The sizes of a kernel's blocks for a call, on a GPU of this compute capability."""
     if INTERPRETED:
         return SMALL_TILES[call.i * call.j > 64**2]
     width, size = 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))
@@ -246,9 +244,9 @@ def tile(kernel: str, call: Call, little: bool = False) -> Tile:
     with_bias = kernel + " with a bias" * (call.bias is not None)
     found = next(TILES[key] for key in ((name, width, size) for name in (kernel + with_what, with_bias, kernel))
                  if key in TILES)  # fmt: skip
-    if little and width == 4:
-        return IN_FULL.get((kernel, size), found)
-    if little:
+    if width == 4:
+        return IN_FULL.get((kernel, size), found) if in_full(call, capability) else found
+    if capability not in MUCH_SHARED:
         return Tile(min(found.queries, 64 if size < 256 else 32), 32, 4, 2 if size < 256 else 1)
     return found
 
@@ -266,9 +264,9 @@ def padded_rows(i: int) -> int:
     return _cdiv(i, PADDED) * PADDED
 
 
-def parts(call: Call, little: bool = False) -> int:
+def parts(call: Call, capability: str) -> int:
     """In how many parts the keys are seen, each with the queries of all heads that read them together; 0: not so."""
-    size = tile("split", call, little)
+    size = tile("split", call, capability)
     if call.segments or call.h // call.hk * call.i > size.queries:
         return 0
     number = min(64, _cdiv(call.j, size.keys) // PART, _cdiv(PROGRAMS, call.b * call.hk))
@@ -431,7 +429,7 @@ class Ahead(NamedTuple):
 
 def _ahead(call: Call, layout: Layout) -> Ahead:
     names = "forward", "split", "query_gradients", *(name for name, *_ in _key_passes(call))
-    sizes = [tile(name, call, layout.little) for name in names]
+    sizes = [tile(name, call, layout.capability) for name in names]
     searched = call.segments and (not layout.one_id or call.q_lengths)
     group = min(size for each in sizes for size in each[:2])
     packed = call.key_masked and not (call.segments or call.bias or call.dropout)  # whose columns are neighbours
@@ -517,12 +515,12 @@ def plan(call: Call, layout: Layout) -> Plan:
     ahead = _ahead(call, layout)
     shared = _Shared(call, layout, ahead)
     b, h, hk, i = call.b, call.h, call.hk, call.i
-    split, exact = parts(call, layout.little), _exact(call)
-    size = tile("split" if split else "forward", call, layout.little)
+    split, exact = parts(call, layout.capability), _exact(call)
+    size = tile("split" if split else "forward", call, layout.capability)
     if split:
         size = size._replace(queries=_padded(h // hk * i))
     launches = _bounds(call, layout, ahead, size.keys)
-    again = tile("query_gradients", call, layout.little).keys
+    again = tile("query_gradients", call, layout.capability).keys
     bounds = BOUNDS if launches and (size.keys == again or not ahead.listed) else ()
     plain = shared.base2 and not call.sinks
     results = (
@@ -610,7 +608,7 @@ class _Shared:
         """What `_dot` is to do about what tensor cores, or the interpreter, have no products of."""
         if INTERPRETED:
             return int(self.call.dtype == "bfloat16")
-        return 2 if self.call.dtype == "float32" and not self.layout.little else 0
+        return 2 if self.call.dtype == "float32" and not in_full(self.call, self.layout.capability) else 0
 
     @property
     def lists(self) -> tuple[str | None, ...]:
@@ -669,7 +667,7 @@ def _together(call: Call, layout: Layout) -> int:
     if (_with_items(items), 4 if call.dtype == "float32" else 2, size) not in TILES:
         return 0
     most = 256 // size - (call.bias_dtype != call.dtype or (call.mask is not None and not call.key_masked))
-    return items if items == 1 or (items <= most and (INTERPRETED or not layout.little)) else 0
+    return items if items == 1 or (items <= most and (INTERPRETED or layout.capability in MUCH_SHARED)) else 0
 
 
 def _with_items(items: int) -> str:
@@ -679,7 +677,7 @@ def _with_items(items: int) -> str:
 def _queries_and_bias(
     call: Call, layout: Layout, shared: _Shared, items: int, more: dict[str, Any], qkv: tuple[int, ...], dbias: Output
 ) -> Launch:
-    size = tile(_with_items(items), call, layout.little)
+    size = tile(_with_items(items), call, layout.capability)
     blocks, heads = _cdiv(call.i, size.queries), call.b // items * call.h
     constants = shared.constants(size, call.j % size.keys == 0 and not call.kv_lengths) | more
     foreign = "BIAS", "SHARED", "BASE2", "POSITIVE", "PACKED", "SEGMENTS", "DRAWN", "WORDS"  # it draws for itself
@@ -740,7 +738,7 @@ def _backward(
         launches.append(_draw(call, layout, shared))
     base = (*shared.inputs, "drawn" if once else shared.seed)
     saved = ("dout", "known")
-    size = tile("query_gradients", call, layout.little)
+    size = tile("query_gradients", call, layout.capability)
     more = {"UNIT": unit, "DON": dout[2], "DRAWN": once, "WORDS": words(call) if once else 0}
     constants = shared.constants(size, j % size.keys == 0 and not call.kv_lengths) | more
     dbias, together = None, 0
@@ -757,7 +755,7 @@ def _backward(
         ))  # fmt: skip
     unused = Output("unused", (1,), call.dtype, False)
     for kernel, keys, values in _key_passes(call):
-        size = tile(kernel, call, layout.little)
+        size = tile(kernel, call, layout.capability)
         constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths) | more
         launches.append(Launch(
             "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *shared.lists, *saved),
@@ -767,7 +765,7 @@ def _backward(
             constants | {"BNHD": shared.bnhd, "KEYS": keys, "VALUES": values}, size.warps, size.stages, "gradients",
         ))  # fmt: skip
     if dbias and not together:
-        size = tile("bias_gradients", call, layout.little)
+        size = tile("bias_gradients", call, layout.capability)
         full_b, full_h, full_i, full_j = (x > 1 for x in dbias.shape)
         grid = (_cdiv(j, size.keys) if full_j else 1, _cdiv(i, size.queries) if full_i else 1,
                 (b if full_b else 1) * (h if full_h else 1))  # fmt: skip
