@@ -249,6 +249,47 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
             assert foreign_addresses(disassembled(compiled.asm["cubin"])) == []
 
 
+def numbers_told_of(launch: plans.Launch) -> list[int]:
+    """Which of a launch's numbers Triton's launcher tells the compiler something of, but that they are 1."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel = launch.function
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    array = torch.empty(8, dtype=torch.bfloat16)
+    given = [*(array for _ in launch.inputs), *launch.numbers, *(array for _ in launch.outputs)]
+    _, told, _ = bind(*given, **launch.constants, num_warps=launch.warps)
+    of_numbers = told[len(launch.inputs) : len(launch.inputs) + len(launch.numbers)]
+    return [n for n, (kind, what) in enumerate(of_numbers) if kind != "constexpr" and what]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True, "sinks": torch.empty(4, device="meta"), "dropout": 0.1, "dropout_seed": 1},
+        {"bias": torch.empty(1, 4, 96, 96, device="meta"), "mask": torch.empty(2, 96, dtype=torch.bool, device="meta")},
+        {"q_segment_ids": torch.empty(2, 96, dtype=torch.int32, device="meta"), "window_size": (16, 16)},
+        {"q": torch.empty(2, 4, 1, 64, device="meta"), **{n: torch.empty(2, 4, 4096, 64, device="meta") for n in "kv"}},
+        {n: torch.empty(2, 4, 2048, 64, dtype=torch.bfloat16, device="meta") for n in "qkv"},
+        {n: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") for n in "qkv"},
+    ],
+    ids=["sinks and dropout", "bias and key mask", "segments", "few queries", "narrow", "plain"],
+)
+def test_numbers_are_compiled_for_alike_in_both_frameworks(options: dict[str, Any]) -> None:
+    """jax-triton tells the compiler of no number that it is a multiple of 16: layouts, and so orders of sums, hang on
+    that.
+    """
+    call = call_of(**options)
+    pairs = {name: tuple(np.cumprod((*shape[:0:-1], 1)[::-1]).tolist()) if shape else None
+             for name, shape in (("mask", call.mask), ("bias", call.bias))}  # fmt: skip
+    q, k = ((heads * n * call.d, n * call.d, call.d) for n, heads in ((call.i, call.h), (call.j, call.hk)))
+    plan = plans.plan(call, plans.Layout(q, k, k, **pairs, gluon=True))
+    launches = (*plan.forward, *plan.backward(q, call.bias is not None, True, False))
+    assert any(isinstance(x, int) and x % 16 == 0 for launch in launches for x in launch.numbers)
+    assert [launch.kernel for launch in launches if numbers_told_of(launch)] == []
+
+
 def disassembled(cubin: bytes) -> str:
     import triton
 

@@ -80,8 +80,16 @@ class Launch(NamedTuple):
 
     @property
     def function(self) -> Any:
-        """The kernel itself."""
-        return getattr(import_module(f"attend_shared.kernels.{self.module}"), self.kernel)
+        """The kernel itself, compiled for its numbers as they come, whatever they are multiples of.
+
+        Triton's launcher would tell the compiler of those that are of 16, and jax-triton does not: so layouts were
+        others, and with them the order of a sum.
+        """
+        found = getattr(import_module(f"attend_shared.kernels.{self.module}"), self.kernel)
+        parameters = getattr(found, "params", ())  # the interpreter's has none
+        for parameter in parameters[len(self.inputs) : len(self.inputs) + len(self.numbers)]:
+            parameter.do_not_specialize_on_alignment = True
+        return found
 
     @property
     def gluon(self) -> bool:
