@@ -164,14 +164,14 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("query_and_bias_gradients of items", 2, 64): Tile(128, 32, 8, 2),
     ("query_and_bias_gradients of items", 2, 128): Tile(128, 32, 8, 2),
     ("forward", 4, 64): Tile(64, 64, 4, 3),
-    ("forward", 4, 128): Tile(32, 32, 4, 2),
+    ("forward", 4, 128): Tile(64, 64, 4, 1),
     ("forward", 4, 256): Tile(32, 16, 4, 1),
     ("query_gradients", 4, 64): Tile(64, 64, 4, 1),
-    ("query_gradients", 4, 128): Tile(32, 32, 4, 1),
+    ("query_gradients", 4, 128): Tile(128, 32, 8, 1),
     ("query_gradients", 4, 256): Tile(16, 16, 4, 1),
     ("query_and_bias_gradients", 4, 64): Tile(32, 32, 4, 2),
     ("key_gradients", 4, 64): Tile(64, 64, 4, 2),
-    ("key_gradients", 4, 128): Tile(32, 32, 4, 1),
+    ("key_gradients", 4, 128): Tile(32, 128, 8, 1),
     ("key_gradients", 4, 256): Tile(16, 16, 4, 1),
     ("bias_gradients", 4, 64): Tile(32, 32, 4, 2),
     ("bias_gradients", 4, 128): Tile(32, 32, 4, 1),
@@ -189,6 +189,9 @@ IN_FULL: dict[tuple[str, int], Tile] = {
     ("forward", 64): Tile(64, 32, 4, 2),
     ("query_gradients", 64): Tile(32, 32, 4, 2),
     ("key_gradients", 64): Tile(32, 32, 4, 2),
+    ("forward", 128): Tile(32, 32, 4, 2),
+    ("query_gradients", 128): Tile(32, 32, 4, 1),
+    ("key_gradients", 128): Tile(32, 32, 4, 1),
 }
 PLAIN = Tile(128, 128, 4, 2)  # of hopper.plain: queries of a program, warps of each group, stages of keys and of values
 PLAIN_KEYS = 1024  # from which on it is faster: there is one program of it a multiprocessor, whose start nothing hides
@@ -204,7 +207,7 @@ MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
 MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
 BY_THIRDS = ("9.0",)  # where products of float32 are put together from those of bfloat16; 10.0 has no room for the sums
-FEW = 16  # queries, up to which products of float32 are made in full all the same
+FEW = 16  # queries or keys, up to which products of float32 are made in full all the same
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
 DRAWN = Tile(128, 128, 1, 1) if INTERPRETED else Tile(128, 32, 2, 1)  # of `draw`, at a time
@@ -226,10 +229,10 @@ def runs_gluon(capability: str) -> bool:
 
 def in_full(call: Call, capability: str) -> bool:
     """Whether products of float32 are made in full, rather than put together from those of bfloat16."""
-    # The parts of rows of 256 fill the registers, and those of 128 were never compared with anything; few queries wait
-    # for memory; and with dropout the gradients of a row with one key, which are 0, missed the budget.
-    wide = max(call.d, call.dv) > 64
-    return capability not in BY_THIRDS or wide or call.i <= FEW or call.dropout > 0
+    # The parts of rows of 256 fill the registers; few queries wait for memory; and gradients of a row with one key,
+    # which are 0, missed the budget with dropout, and where one key is all there is.
+    wide = max(call.d, call.dv) > 128
+    return capability not in BY_THIRDS or wide or min(call.i, call.j) <= FEW or call.dropout > 0
 
 
 def refusal(call: Call) -> str | None:
