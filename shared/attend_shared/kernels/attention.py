@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attend_shared.kernels.dropout import _columns, _drawn, _where_drawn
+from attend_shared.kernels.dropout import _columns, _drop
 from attend_shared.kernels.tiles import (
     LEAST,
     LN2,
@@ -295,10 +295,8 @@ def forward(
                     shrink = _exp(m - shift, BASE2)
                 total = total * shrink + tl.sum(p, 1)
                 if THRESHOLD:
-                    quads = at * (BN // 4) + tl.arange(0, BN // 4)
                     of_rows = heads.to(tl.int32)[:, None] if SPLIT else n % H
-                    words = _drawn(seed, b, of_rows, rows, quads, BM, BN, NEAR)
-                    p = _where_drawn(words, THRESHOLD, p)
+                    p = _drop(p, seed, b, of_rows, rows, at * (BN // 4), THRESHOLD, BM, BN, NEAR)
                 acc = acc * shrink[:, None]
                 tile_v = _load(
                     v + of_block * VN, of_key[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None],

@@ -49,8 +49,13 @@ def _columns(BLOCK: tl.constexpr, NEAR: tl.constexpr):
 
 
 @triton.jit
-def _drawn(seed, b, h, rows, quads, R: tl.constexpr, C: tl.constexpr, NEAR: tl.constexpr):
-    """Dropout's words for a tile: four neighbouring keys have theirs drawn at once. NEAR: as in `_columns`."""
+def _drop(
+    x, seed, b, h, rows, first_quad, THRESHOLD: tl.constexpr, R: tl.constexpr, C: tl.constexpr, NEAR: tl.constexpr
+):  # fmt: skip
+    """x where dropout keeps a query's key, else 0, for a tile of R queries by C keys. Four neighbouring keys have their
+    words drawn at once. NEAR: as in `_columns`.
+    """
+    quads = first_quad + tl.arange(0, C // 4)
     k0, k1 = _seed(seed)
     h, b, rows, quads = h.to(tl.uint32), b.to(tl.uint32), rows.to(tl.uint32), quads.to(tl.uint32)
     w0, w1, w2, w3 = _philox(quads[None, :], rows[:, None], h, b, k0, k1)
@@ -59,7 +64,7 @@ def _drawn(seed, b, h, rows, quads, R: tl.constexpr, C: tl.constexpr, NEAR: tl.c
         words = tl.permute(tl.reshape(words, (R, C // 16, 4, 2, 2)), (0, 1, 4, 2, 3))
     else:
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(words, (R, C))
+    return _where_drawn(tl.reshape(words, (R, C)), THRESHOLD, x)
 
 
 @triton.jit
@@ -157,8 +162,11 @@ def _bits_by_key(drawn, of_head, rows, first, P, BN: tl.constexpr, BM: tl.conste
 
 
 @triton.jit
-def _where_kept(bits, keys, x, NEAR: tl.constexpr):
-    """x where the bit of a key is set, else 0. NEAR: as in `_columns`, so that two bits become predicates at once."""
+def _where_kept(bits, first, columns, x, BN: tl.constexpr, NEAR: tl.constexpr):
+    """x where the bit of a key is set, else 0, for the BN keys from the first on. NEAR: as in `_columns`, so that two
+    bits become predicates at once.
+    """
+    keys = columns if BN >= 32 else first + columns  # a block of whole words begins where one does
     if NEAR:
         return _where_bit(bits >> (keys & 12), 1 << (keys & 19), x)
     return _where_bit(bits, 1 << (keys & 31), x)

@@ -13,11 +13,10 @@ from attend_shared.kernels.dropout import (
     _bits_by_key,
     _bits_by_query,
     _columns,
-    _drawn,
     _drawn_bits,
+    _drop,
     _seed,
     _where_bit,
-    _where_drawn,
     _where_kept,
 )
 from attend_shared.kernels.tiles import (
@@ -124,6 +123,16 @@ def sum_sinks(partial, H, B, blocks, dsinks, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _uncapped(ds, capped, SOFTCAP: tl.constexpr, REST: tl.constexpr):
+    """Gradients of logits times the slope of their softcap, 1 - tanh^2; REST: times r + r^2, -1/4 of it."""
+    if REST:
+        ds *= capped + capped * capped
+    elif SOFTCAP:
+        ds *= 1 - capped * capped
+    return ds
+
+
+@triton.jit
 def _store_rows(
     base, x, b64, h64, first64, local, inside, H, I, D: tl.constexpr, BD: tl.constexpr, BNHD: tl.constexpr
 ):  # fmt: skip
@@ -180,7 +189,7 @@ def query_gradients(
     m, slope, one, _ = _known(known, of_row)
     m, slope, one = m[:, None], slope[:, None], one[:, None]
     if REST:
-        m -= cap + 2  # for 4 p; the slope of tanh is -4 (r + r^2), which needs no factor then
+        m -= cap + 2  # for 4 p, as `_uncapped` gives -1/4 of ds
         scale = -scale
     q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
 
@@ -272,15 +281,10 @@ def query_gradients(
                     )  # fmt: skip
                 dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if DRAWN:
-                    dp = _where_kept(bits, (columns if BN >= 32 else begin + columns)[None, :], dp, NEAR)
+                    dp = _where_kept(bits, begin, columns[None, :], dp, BN, NEAR)
                 elif THRESHOLD:
-                    quads = at * (BN // 4) + tl.arange(0, BN // 4)
-                    dp = _where_drawn(_drawn(seed, b, h, rows, quads, BM, BN, NEAR), THRESHOLD, dp)
-                ds = p * (dp - slope)
-                if REST:
-                    ds *= capped + capped * capped
-                elif SOFTCAP:
-                    ds *= 1 - capped * capped
+                    dp = _drop(dp, seed, b, h, rows, at * (BN // 4), THRESHOLD, BM, BN, NEAR)
+                ds = _uncapped(p * (dp - slope), capped, SOFTCAP, REST)
                 acc = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_k), acc, WIDEN)
 
     acc *= scale * kept if BASE2 else scale * kept * one
@@ -393,12 +397,10 @@ def query_and_bias_gradients(
             p = _exp(s - m[:, None], False)
             dp = _dot(tiles_do[item], tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
             if THRESHOLD:
-                quads = begin // 4 + tl.arange(0, BN // 4)
-                dp = _where_drawn(_drawn(seed, b, h, rows, quads, BM, BN, False), THRESHOLD, dp)
+                dp = _drop(dp, seed, b, h, rows, begin // 4, THRESHOLD, BM, BN, False)
             ds = p * (dp - slope[:, None])
             tile += ds * one[:, None]
-            if SOFTCAP:
-                ds *= 1 - capped * capped
+            ds = _uncapped(ds, capped, SOFTCAP, False)
             new += (_dot(ds.to(k.dtype.element_ty), tl.trans(tile_k), sums[item], WIDEN),)
         sums = new
         inside = (rows < I)[:, None] if EVEN_KEYS else (rows < I)[:, None] & (begin + columns < J)[None, :]
@@ -567,7 +569,7 @@ def key_gradients(
                         dp = _dot(tile_v, tl.trans(tile_do), tl.zeros((BN, BM), tl.float32), WIDEN)
                     dropped = p
                     if DRAWN:
-                        dropped = _where_kept(bits, (columns if BN >= 32 else first + columns)[:, None], p, False)
+                        dropped = _where_kept(bits, first, columns[:, None], p, BN, False)
                     elif THRESHOLD:
                         k0, k1 = _seed(seed)
                         bits = _drawn_bits(k0, k1, b, h, begin, first // 4, THRESHOLD, QUADS, BN // (4 * QUADS), BM)
@@ -580,10 +582,7 @@ def key_gradients(
                             ds = dropped * dp - p * slope[None, :]
                         else:
                             ds = p * (dp - slope[None, :])
-                        if REST:
-                            ds *= capped + capped * capped
-                        elif SOFTCAP:
-                            ds *= 1 - capped * capped
+                        ds = _uncapped(ds, capped, SOFTCAP, REST)
                         sum_k = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_q), sum_k, WIDEN)
 
     if PACKED:  # those of the block of rows that are not gone over get nothing
@@ -706,10 +705,9 @@ def bias_gradients(
         dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
         if DRAWN:
             bits = _bits_by_query(seed, (b64 * H + h64) * WORDS * P, rows, first_j, P, BN)
-            dp = _where_kept(bits, (columns if BN >= 32 else first_j + columns)[None, :], dp, False)
+            dp = _where_kept(bits, first_j, columns[None, :], dp, BN, False)
         elif THRESHOLD:
-            quads = first_j // 4 + tl.arange(0, BN // 4)
-            dp = _where_drawn(_drawn(seed, b, h, rows, quads, BM, BN, False), THRESHOLD, dp)
+            dp = _drop(dp, seed, b, h, rows, first_j // 4, THRESHOLD, BM, BN, False)
         acc += p * (dp - slope[:, None])
 
     acc *= kept
