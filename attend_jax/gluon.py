@@ -9,7 +9,6 @@ import inspect
 import zlib
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import jax
@@ -79,17 +78,16 @@ def compiled(launch: Launch, dtypes: Sequence[str]) -> Compiled:
     numbers = [("fp32" if isinstance(x, float) else "constexpr" if x == 1 else "i32") for x in launch.numbers]
     count = len(launch.inputs)
     kinds = (*pointers[:count], *numbers, *pointers[count:])
-    return _compiled(launch.module, launch.kernel, kinds, tuple(launch.constants.items()), launch.warps, launch.stages)
+    return _compiled(launch.function, kinds, tuple(launch.constants.items()), launch.warps, launch.stages)
 
 
 @lru_cache(maxsize=256)
-def _compiled(module: str, kernel: str, kinds: tuple[str, ...], constants: Pairs, warps: int, stages: int) -> Compiled:
+def _compiled(function: Any, kinds: tuple[str, ...], constants: Pairs, warps: int, stages: int) -> Compiled:
     from triton._C.libtriton import ir
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    function = getattr(import_module(f"attend_shared.kernels.{module}"), kernel)
     fixed = dict(constants)
     signature = dict(zip(function.arg_names, kinds, strict=False)) | dict.fromkeys(fixed, "constexpr")
     fixed |= {name: 1 for name, kind in zip(function.arg_names, kinds, strict=False) if kind == "constexpr"}

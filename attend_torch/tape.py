@@ -61,7 +61,7 @@ class Tapes:
             alike: what options and the shapes and dtypes of arrays hang on, or these themselves.
         """
         device = arrays[0].get_device()  # type: ignore[union-attr]
-        if device >= 0 and device != _current():
+        if device >= 0 and device != current_device():
             with torch.cuda.device(device):
                 return self(function, arrays, options, alike)
         given = [x for x in arrays if x is not None]
@@ -240,7 +240,7 @@ class _Tape(TorchDispatchMode):
         numbers = iter(range(len(constants)))
         places = [[place_of[x] if isinstance(x, _Value) else next(numbers) for x in each] for each in given]
         run = tuple(_KINDS[step.kind](at, *step.how) for step, at in zip(steps, places[:-1], strict=True))
-        last = _picks(places[-1])
+        last = picks(places[-1])
 
         def play(arrays: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
             values = [*constants, *arrays]
@@ -251,10 +251,11 @@ class _Tape(TorchDispatchMode):
         return play
 
 
-def _picks(places: Sequence[int]) -> Callable[[Values], tuple]:
-    """What takes the values at these places."""
+def picks(places: Sequence[int]) -> Callable[[Values], tuple]:
+    """What takes the values at these places of a list."""
     if len(places) == 1:
-        return lambda values: (values[places[0]],)
+        (at,) = places
+        return lambda values: (values[at],)
     return itemgetter(*places) if places else lambda values: ()
 
 
@@ -281,13 +282,13 @@ def _clone(places: Sequence[int], named: dict[str, Any]) -> Callable[[Values], A
 
 
 def _tuple(places: Sequence[int], kind: type) -> Callable[[Values], Any]:
-    make, picks = getattr(kind, "_make", kind), _picks(places)
-    return lambda values: values.append(make(picks(values)))
+    make, take = getattr(kind, "_make", kind), picks(places)
+    return lambda values: values.append(make(take(values)))
 
 
 def _launch(places: Sequence[int], kernel: Callable[..., Any]) -> Callable[[Values], Any]:
-    picks = _picks(places)
-    return lambda values: kernel(*picks(values))
+    take = picks(places)
+    return lambda values: kernel(*take(values))
 
 
 _KINDS: dict[str, Callable[..., Callable[[Values], Any]]] = {
@@ -302,14 +303,14 @@ def _guards(name: str) -> Any:
     return getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), name, None)
 
 
-def _empty(name: str) -> Callable[[tuple, tuple, torch.dtype], Tensor]:
-    """(shape, strides, dtype) -> memory on the current device."""
-    found = _guards(f"_empty_strided_{name}")
-    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=name))
+def empty_on(kind: str) -> Callable[[tuple, tuple, torch.dtype], Tensor]:
+    """(shape, strides, dtype) -> memory on the current device of this kind: "cuda" or "cpu"."""
+    found = _guards(f"_empty_strided_{kind}")
+    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=kind))
 
 
-_EMPTY = {True: _empty("cuda"), False: _empty("cpu")}
+_EMPTY = {True: empty_on("cuda"), False: empty_on("cpu")}
 _reinterpret: Callable[[Tensor, tuple, tuple, int], Tensor] = _guards("_reinterpret_tensor") or (
     lambda x, shape, strides, offset: x.detach().as_strided(shape, strides, x.storage_offset() + offset)
 )
-_current: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)

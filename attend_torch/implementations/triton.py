@@ -1,4 +1,4 @@
-"""One Triton kernel for every clause, launched here as it is in JAX: the same bits in both.
+"""Triton kernels for every clause, launched here as they are in JAX: the same bits in both.
 
 The kernels and what a call launches are `attend_shared.kernels`. Here are the memory, the launches and the operator
 that a compiler takes whole.
@@ -6,10 +6,9 @@ that a compiler takes whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from attend_torch.arrays import is_traced, is_watched, needs_gradients
 from attend_torch.implementations import blockwise, einsum, rowwise
 from attend_torch.implementations.blockwise import COUNT, FLOATS
 from attend_torch.machine import capability
+from attend_torch.tape import current_device, empty_on, picks
 
 Tensor = torch.Tensor
 INSTALLED = find_spec("triton") is not None
@@ -222,7 +222,7 @@ class _Kernel:
         self.outputs = tuple(x.name if x.used else self.made[0][0] for x in launch.outputs)
         self.constants = tuple(launch.constants[name] for name in self.kernel.arg_names if name in launch.constants)
         order = [None, *self.given, *(name for name, *_ in self.made)]
-        self.inputs, self.results = _picks(map(order.index, launch.inputs)), _picks(map(order.index, self.outputs))
+        self.inputs, self.results = (picks([*map(order.index, names)]) for names in (launch.inputs, self.outputs))
         self.described = tuple((launch.inputs.index(name), name, blocks) for name, blocks in launch.blocks.items())
         self.compiled: dict[tuple, Callable[[int, bool, tuple, tuple], None]] = {}
 
@@ -263,12 +263,6 @@ class _Kernel:
             self.compiled[key] = _launcher(compiled, launch, self.constants)
 
 
-def _picks(places: Iterable[int]) -> Callable[[list[int]], tuple[int, ...]]:
-    """What takes the numbers at these places of a list."""
-    first, *more = places
-    return itemgetter(first, *more) if more else lambda numbers: (numbers[first],)
-
-
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of an array that lies row by row."""
     strides = [1]
@@ -277,14 +271,7 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides[::-1])
 
 
-def _find_empty() -> Callable[[tuple, tuple, torch.dtype], Tensor]:
-    """(shape, strides, dtype) -> memory on the current device: what compiled programs take, at a third of the cost."""
-    kind = "cpu" if plans.INTERPRETED else "cuda"
-    found = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), f"_empty_strided_{kind}", None)
-    return found or (lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype, device=kind))
-
-
-_empty = _find_empty()
+_empty = empty_on("cpu" if plans.INTERPRETED else "cuda")
 
 # What Triton's C launcher takes before a kernel's own arguments: grid (3), stream, function, whether the launch is
 # cooperative, whether it is dependent, two places of scratch memory, metadata, what hooks are told, two hooks.
@@ -393,8 +380,7 @@ def _driver() -> _Driver:
     from triton import knobs
     from triton.runtime import driver
 
-    device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
-    return _Driver(device, driver.active.get_current_stream, knobs)
+    return _Driver(current_device, driver.active.get_current_stream, knobs)
 
 
 def _is_heard(runtime: Any) -> bool:
