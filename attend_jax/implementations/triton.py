@@ -1,4 +1,4 @@
-"""One Triton kernel for every clause, launched here as it is in torch: the same bits in both.
+"""Triton kernels for every clause, launched here as they are in torch: the same bits in both.
 
 The kernels and what a call launches are `attend_shared.kernels`. Here are the memory, the launches, which jax-triton
 makes, and how they batch.

@@ -118,10 +118,10 @@ def explain(table: Iterable[Entry], call: Call) -> Explanation:
     avoids = avoid.in_force(call.framework, call.platform)
     refused = {entry.name: refusal(entry, call) for entry in table}
     rows = tuple((name, reason or (avoid.why(name, call) if avoids else None)) for name, reason in refused.items())
-    reasons = dict(rows) if call.names is None else refused  # asked for by name, what is avoided runs
-    able = [name for name, reason in reasons.items() if reason is None]
+    # Asked for by name, what is avoided runs; and a name may be one that only the other framework has.
+    names, reasons = (refused, dict(rows)) if call.names is None else (call.names, refused)
+    chosen = next((name for name in names if name in reasons and reasons[name] is None), None)
     note = avoid.note(call.framework, call.platform)
-    chosen = next((name for name, _ in _asked(table, call) if name in able), None)
     return Explanation(chosen, rows, () if note is None else (note,))
 
 
@@ -137,9 +137,3 @@ def _named(table: Iterable[Entry], name: str) -> Entry | None:
         if entry.name == name:
             return entry
     return None
-
-
-def _asked(table: Iterable[Entry], call: Call) -> list[tuple[str, Entry | None]]:
-    """What was asked for, in order, with None where only the other framework has that name."""
-    by_name = {entry.name: entry for entry in table}
-    return list(by_name.items()) if call.names is None else [(name, by_name.get(name)) for name in call.names]
