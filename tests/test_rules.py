@@ -245,6 +245,8 @@ def test_two_rules_for_one_parameter() -> None:
         carry({"a.0": np.ones(1)}, ["a.0 <-> c", "a.{n} <-> b.{n}"][::-1], to="flax")
     with pytest.raises(ValueError, match="a second rule makes x"):
         carry({"a": np.ones(1), "b": np.ones(1)}, ["a <-> x", "b <-> x"], to="flax")
+    with pytest.raises(ValueError, match="a second rule makes x"):  # a line given twice as well
+        carry({"a": np.ones(1)}, ["a <-> x", "a <-> x"], to="flax")
 
 
 def test_other_wrong_arguments() -> None:

@@ -451,13 +451,13 @@ def _jobs(
     rules: Sequence[Rule], given: Mapping[str, Value], expected: Mapping[str, Any], source: str, target: str
 ) -> list[_Job]:
     """Every rule that something given or expected asks for, once; one without numbers is always asked for."""
-    literal = [rule for rule in rules if not NUMBER.search(rule.torch[0].path)]
-    found: dict[tuple[int, tuple[str, ...]], _Job] = {}
-    index = {id(rule): n for n, rule in enumerate(rules)}
-    for rule in literal:
-        found[index[id(rule)], ()] = _filled(rule, {}, source, target)
+    found: dict[tuple[int, tuple[str, ...]], _Job] = {
+        (n, ()): _filled(rule, {}, source, target)
+        for n, rule in enumerate(rules)
+        if not NUMBER.search(rule.torch[0].path)
+    }
     for side, paths in ((target, expected), (source, given)):
-        table = [(index[id(rule)], rule, [_matcher(part.path) for part in getattr(rule, side)]) for rule in rules]
+        table = [(n, rule, [_matcher(part.path) for part in getattr(rule, side)]) for n, rule in enumerate(rules)]
         exact = {part.path: (n, rule) for n, rule, _ in table for part in getattr(rule, side)}
         open_ended = [each for each in table if NUMBER.search(each[1].torch[0].path)]
         for path in paths:
