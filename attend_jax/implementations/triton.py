@@ -26,10 +26,9 @@ from attend_jax.implementations.blockwise import Floats
 from attend_jax.machine import capability
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
-from attend_shared.kernels.plan import Launch, Layout, Plan
+from attend_shared.kernels.plan import SAVED, Launch, Layout, Plan
 
 Array = jax.Array
-SAVED = ("out", "lse", "top", "inverse", "exact", *plans.BOUNDS)
 
 
 @cache

@@ -16,7 +16,7 @@ import torch
 from attend_shared import meaning
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
-from attend_shared.kernels.plan import Blocks, Launch, Layout
+from attend_shared.kernels.plan import SAVED, Blocks, Launch, Layout
 from attend_torch.arrays import is_traced, is_watched, needs_gradients
 from attend_torch.implementations import blockwise, einsum, rowwise
 from attend_torch.implementations.blockwise import COUNT, FLOATS
@@ -74,7 +74,6 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-SAVED = ("out", "lse", "top", "inverse", "exact", *plans.BOUNDS)
 GRADIENTS = tuple(f"d{Arrays._fields[place]}" for place in FLOATS)
 COMPILED = len(SAVED) - len(plans.BOUNDS)  # of them are what the operator gives: the way back finds the bounds anew
 

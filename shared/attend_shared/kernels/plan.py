@@ -209,6 +209,7 @@ MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may
 BY_THIRDS = ("9.0",)  # where products of float32 are put together from those of bfloat16; 10.0 has no room for the sums
 FEW = 16  # queries or keys, up to which products of float32 are made in full all the same
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
+SAVED = ("out", "lse", "top", "inverse", "exact", *BOUNDS)  # what the way back takes of the way forward
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
 DRAWN = Tile(128, 128, 1, 1) if INTERPRETED else Tile(128, 32, 2, 1)  # of `draw`, at a time
 DRAWN_TURNS = 4  # times, in a program
