@@ -20,14 +20,14 @@ def mask_from_additive(additive: Array, *, threshold: float = -1000.0) -> Array:
 
     Args:
         additive: floating, rank 2 (b, j) or rank 4 against (b, h, i, j).
-        threshold: at or below it a key is not allowed. A real bias (ALiBi, relative positions) is no mask: pass it as
-            bias=.
+        threshold: below 0; at or below it a key is not allowed. A real bias (ALiBi, relative positions) is no mask:
+            pass it as bias=.
 
     Returns:
         bool, the same shape.
 
     Raises:
-        TypeError, ValueError: another dtype or rank.
+        TypeError, ValueError: another dtype or rank, or a threshold that is no number below 0.
 
     Example:
         >>> mask_from_additive(jnp.array([[0.0, -1e9]]))

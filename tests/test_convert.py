@@ -1,5 +1,6 @@
 """Converters against the hosts whose masks and seeds they convert, the same in both frameworks."""
 
+import re
 from typing import Any
 
 import jax
@@ -70,6 +71,17 @@ def test_the_threshold_is_not_allowed_itself() -> None:
     additive = np.array([[0.0, -5.0, -5.1]], np.float32)
     np.testing.assert_array_equal(in_both("mask_from_additive", additive, threshold=-5.0), [[True, False, False]])
     np.testing.assert_array_equal(in_both("mask_from_additive", additive, threshold=-6), [[True, True, True]])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "error", "got"),
+    [(0.0, ValueError, "float 0.0"), (5, ValueError, "int 5"), (float("nan"), ValueError, "float nan"),
+     ("-1", TypeError, "str '-1'"), (None, TypeError, "None"), (True, TypeError, "bool True")],
+)  # fmt: skip
+def test_a_threshold_is_below_0(threshold: Any, error: type[Exception], got: str) -> None:
+    for convert, zeros in ((attend_torch.convert, torch.zeros), (attend_jax.convert, jnp.zeros)):
+        with pytest.raises(error, match=re.escape(f"threshold: expected a number < 0, got {got}.")):
+            convert.mask_from_additive(zeros((1, 2)), threshold=threshold)
 
 
 def test_additive_means_what_sdpa_makes_of_it() -> None:

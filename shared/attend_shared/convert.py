@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from attend_shared.call import Framework, is_int, wrong
 
 # Of a length and an array of integers: the indices up to the length, and the array, in one dtype on one device.
@@ -40,6 +42,10 @@ def mask_from_additive(framework: Framework, additive: Any, threshold: float) ->
     expected = "floating-point numbers, (b, j) or rank 4 against (b, h, i, j)"
     _check(framework, "additive", additive, expected, ("float", "bfloat"), (2, 4),
            "A boolean mask needs no conversion, and 0/1 integers only != 0.")  # fmt: skip
+    is_number = isinstance(threshold, (int, float, np.integer, np.floating)) and not isinstance(threshold, bool)
+    if not is_number or not threshold < 0:  # -inf is one, NaN is none
+        raise wrong(ValueError if is_number else TypeError, "threshold", "a number < 0", threshold,
+                    "0 is what an allowed key has added to its score.")  # fmt: skip
     return additive > threshold
 
 
