@@ -1,5 +1,6 @@
 """Attention that means the same in PyTorch and in JAX/Flax: the JAX side."""
 
+from attend_jax import convert
 from attend_jax.attend import attend, explain, implementations, merge
 from attend_jax.module import Attend
 from attend_jax.multihead import MultiHeadAttention
@@ -17,6 +18,7 @@ __all__ = [
     "Rotary",
     "UnsupportedError",
     "attend",
+    "convert",
     "explain",
     "implementations",
     "merge",

@@ -4,6 +4,7 @@ from attend_shared.choice import Explanation, Implementation
 from attend_shared.errors import UnsupportedError
 from attend_shared.layers import Cache
 from attend_shared.rotary import Rotary
+from attend_torch import convert
 from attend_torch.attend import attend, explain, implementations, merge
 from attend_torch.module import Attend
 from attend_torch.multihead import MultiHeadAttention
@@ -17,6 +18,7 @@ __all__ = [
     "Rotary",
     "UnsupportedError",
     "attend",
+    "convert",
     "explain",
     "implementations",
     "merge",

@@ -206,7 +206,7 @@ def test_the_packages_offer_the_same() -> None:
     assert attend_torch.__all__ == attend_jax.__all__
     for name in ("Explanation", "Implementation", "UnsupportedError"):
         assert getattr(attend_torch, name) is getattr(attend_jax, name)
-    assert {"attend", "Attend", "merge", "explain", "implementations"} <= set(attend_torch.__all__)
+    assert {"attend", "Attend", "merge", "explain", "implementations", "convert"} <= set(attend_torch.__all__)
 
 
 # Signatures.
