@@ -274,6 +274,7 @@ def test_explain_takes_every_argument(framework: str) -> None:
         (("--softcap", "-1"), "Error: softcap: expected a number > 0"),
         (("--window", "-1,0"), "Error: window_size: expected"),
         (("--window", "3"), "Error: window_size: expected"),
+        (("--bias-dtype", "float16"), "Error: --bias-dtype: expected --bias as well"),
     ],
 )
 def test_explain_says_what_is_wrong_in_a_line(framework: str, arguments: tuple[str, ...], words: str) -> None:

@@ -116,7 +116,9 @@ def test_names_limit_the_choice_and_not_the_rows(framework: str) -> None:
         explanation = explain(framework, call | {"implementation": names})
         asked = [names] if isinstance(names, str) else list(names)
         able = [name for name in asked if name in reasons and reasons[name] is None]
-        assert explanation == Explanation(able[0] if able else None, rows)
+        missing = f"attend_{framework} has no implementation of this name"
+        foreign = tuple((name, missing) for name in asked if name not in reasons)
+        assert explanation == Explanation(able[0] if able else None, rows + foreign)
 
 
 @FRAMEWORKS
@@ -126,8 +128,8 @@ def test_a_call_that_nothing_can_serve_raises_in_attend_only(framework: str) -> 
     assert explanation.chosen is None
     with pytest.raises(UnsupportedError) as caught:
         BRIDGES[framework].call(call)
-    mine, missing = dict(explanation.rows), f"attend_{framework} has no implementation of this name"
-    assert caught.value.reasons == tuple((name, mine.get(name, missing)) for name in call["implementation"])
+    mine = dict(explanation.rows)
+    assert caught.value.reasons == tuple((name, mine[name]) for name in call["implementation"])
 
 
 @FRAMEWORKS

@@ -13,6 +13,7 @@ from attend_shared.call import Call
 from attend_shared.errors import UnsupportedError
 
 NO_FUNCTIONS = "it has no score_fn and no mask_fn"
+FOREIGN = "attend_{} has no implementation of this name"
 
 
 class Implementation(NamedTuple):
@@ -36,7 +37,8 @@ class Explanation(NamedTuple):
 
     Attributes:
         chosen: the name, or None where none can serve.
-        rows: (name, None or the reason why it refuses or is avoided), in order of preference.
+        rows: (name, None or the reason why it refuses or is avoided), in order of preference; last those that were
+            asked for and that only the other framework has.
         notes: what else bears on the choice: that the file of ATTEND_AVOID does not hold for this machine.
 
     Example:
@@ -105,7 +107,7 @@ def choose(table: Iterable[Entry], call: Call) -> Entry:
         table = tuple(table)
         for name in call.names:
             asked = _named(table, name)
-            reason = refusal(asked, call) if asked else f"attend_{call.framework} has no implementation of this name"
+            reason = refusal(asked, call) if asked else FOREIGN.format(call.framework)
             if reason is None and asked:
                 return asked
             reasons.append((name, str(reason)))
@@ -117,10 +119,11 @@ def explain(table: Iterable[Entry], call: Call) -> Explanation:
     table = tuple(table)
     avoids = avoid.in_force(call.framework, call.platform)
     refused = {entry.name: refusal(entry, call) for entry in table}
+    refused |= {name: FOREIGN.format(call.framework) for name in call.names or () if name not in refused}
     rows = tuple((name, reason or (avoid.why(name, call) if avoids else None)) for name, reason in refused.items())
-    # Asked for by name, what is avoided runs; and a name may be one that only the other framework has.
+    # Asked for by name, what is avoided runs.
     names, reasons = (refused, dict(rows)) if call.names is None else (call.names, refused)
-    chosen = next((name for name in names if name in reasons and reasons[name] is None), None)
+    chosen = next((name for name in names if reasons[name] is None), None)
     note = avoid.note(call.framework, call.platform)
     return Explanation(chosen, rows, () if note is None else (note,))
 

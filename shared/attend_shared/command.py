@@ -338,6 +338,8 @@ def _arguments(
         found["mask"] = shape(mask, "bool")
     if bias is not None:
         found["bias"] = shape(bias, bias_dtype or dtype)
+    elif bias_dtype is not None:
+        raise Wrong("--bias-dtype: expected --bias as well, whose dtype it is.")
     if q_offset is not None:
         found["q_offset"] = shape((b,), "int32") if q_offset == "data" else _int(q_offset)
     if segments:
