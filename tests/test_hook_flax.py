@@ -429,7 +429,7 @@ def test_batch_axes_that_differ_are_not_folded_together() -> None:
 
 def test_a_window_in_cached_decoding_needs_an_offset() -> None:
     q, k = draw(B, 1, H, 5), draw(B, N, H, 5)
-    with pytest.raises(ValueError, match="q_offset: expected a value, since 1 queries against 6 keys"):
+    with pytest.raises(ValueError, match="q_offset: expected a value, since 1 query against 6 keys"):
         nnx_attention_fn(q, k, k, is_causal=True, window_size=(2, 0))
     ours = nnx_attention_fn(q, k, k, is_causal=True, window_size=(2, 0), q_offset=jnp.int32(4))
     assert_close(ours, attend(q, k, k, np.isin(np.arange(N), [2, 3, 4])[None], layout="bnhd"))

@@ -259,8 +259,9 @@ def check(
     if q_offset is not None:
         offset, left, right = _offset(framework, q_offset, b, i, j, left, right)
     elif i != j and (is_causal or windowed):
+        queries, keys = f"{i} quer{'y' if i == 1 else 'ies'}", f"{j} key{'' if j == 1 else 's'}"
         raise wrong(
-            ValueError, "q_offset", f"a value, since {i} queries against {j} keys can be aligned in two ways", None,
+            ValueError, "q_offset", f"a value, since {queries} against {keys} can be aligned in two ways", None,
             "Pass q_offset=0 (query t sits at key t, as in torch SDPA and jax.nn) "
             f"or q_offset=kv_len - q_len, here {j - i} "
             "(the last query sits at the last key, as in flash-attn and cached decoding).")  # fmt: skip
