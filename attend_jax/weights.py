@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attend_shared.call import describe
 from attend_shared.rules import ITEMSIZE, Value, fitting, value
 
 __all__ = ["assign", "shapes", "values"]
@@ -22,6 +23,9 @@ def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
 
     Returns:
         Shapes, under paths with dots: what `carry` takes as expected.
+
+    Raises:
+        TypeError: no module.
 
     Example:
         >>> shapes(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
@@ -39,6 +43,9 @@ def values(model: nnx.Module) -> dict[str, Value]:
     Returns:
         What `carry` takes.
 
+    Raises:
+        TypeError: no module.
+
     Example:
         >>> values(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))["bias"].array()
         array([0., 0., 0.], dtype=float32)
@@ -54,7 +61,8 @@ def assign(model: nnx.Module, given: Mapping[str, Any]) -> None:
         given: what `carry` returned, or arrays, by path.
 
     Raises:
-        TypeError: float64, or integers of 64 bits, while JAX would cut them to 32; then nothing is changed.
+        TypeError: no module, or no mapping of arrays; or float64, or integers of 64 bits, while JAX would cut them to
+            32; then nothing is changed.
         WeightsError: a parameter is missing, unexpected or misshapen; then nothing is changed.
 
     Example:
@@ -75,6 +83,9 @@ def assign(model: nnx.Module, given: Mapping[str, Any]) -> None:
 
 def _leaves(model: nnx.Module) -> dict[str, Any]:
     """The variables themselves, by path."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model: expected an nnx.Module, got {describe(model)}. The parameters of a Linen module go to "
+                        'carry as flax.traverse_util.flatten_dict(params, sep=".").')  # fmt: skip
     kinds = (nnx.Param, nnx.BatchStat)
     found = {".".join(map(str, path)): leaf for path, leaf in nnx.iter_graph(model) if isinstance(leaf, kinds)}
     return dict(sorted(found.items()))

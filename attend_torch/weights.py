@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from attend_shared.call import describe
 from attend_shared.rules import Value, fitting, value
 
 __all__ = ["assign", "shapes", "values"]
@@ -22,11 +23,14 @@ def shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
     Returns:
         Shapes, under paths with dots: what `carry` takes as expected.
 
+    Raises:
+        TypeError: no module.
+
     Example:
         >>> shapes(torch.nn.Linear(2, 3))
         {'weight': (3, 2), 'bias': (3,)}
     """
-    return {path: tuple(leaf.shape) for path, leaf in model.state_dict().items()}
+    return {path: tuple(leaf.shape) for path, leaf in _leaves(model).items()}
 
 
 def values(model: torch.nn.Module) -> dict[str, Value]:
@@ -38,11 +42,14 @@ def values(model: torch.nn.Module) -> dict[str, Value]:
     Returns:
         What `carry` takes.
 
+    Raises:
+        TypeError: no module.
+
     Example:
         >>> values(torch.nn.LayerNorm(2))["weight"].array()
         array([1., 1.], dtype=float32)
     """
-    return {path: value(leaf) for path, leaf in model.state_dict().items()}
+    return {path: value(leaf) for path, leaf in _leaves(model).items()}
 
 
 def assign(model: torch.nn.Module, given: Mapping[str, Any]) -> None:
@@ -53,6 +60,7 @@ def assign(model: torch.nn.Module, given: Mapping[str, Any]) -> None:
         given: what `carry` returned, or arrays, by path.
 
     Raises:
+        TypeError: no module, or no mapping of arrays.
         WeightsError: a parameter is missing, unexpected or misshapen; then nothing is changed.
 
     Example:
@@ -61,9 +69,15 @@ def assign(model: torch.nn.Module, given: Mapping[str, Any]) -> None:
         >>> layer(torch.ones(1, 1)).tolist()
         [[3.0]]
     """
-    leaves = model.state_dict()
+    leaves = _leaves(model)
     found = fitting({path: tuple(leaf.shape) for path, leaf in leaves.items()}, given)
     model.load_state_dict({path: _tensor(found[path]) for path in leaves}, assign=True)
+
+
+def _leaves(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}. carry takes a state dict as it is.")
+    return model.state_dict()
 
 
 def _tensor(each: Value) -> torch.Tensor:

@@ -324,6 +324,20 @@ def test_parameters_that_do_not_fit_a_model_change_nothing(framework: str) -> No
     assert all((each.read() != 7).all() for each in weights.values(model).values())
 
 
+@pytest.mark.parametrize(
+    ("weights", "model", "what"),
+    [(attend_torch.weights, torch.nn.Linear(1, 1), "a torch.nn.Module"),
+     (attend_jax.weights, nnx.Linear(1, 1, rngs=nnx.Rngs(0)), "an nnx.Module")],
+)  # fmt: skip
+def test_what_is_no_model_or_no_mapping(weights: Any, model: Any, what: str) -> None:
+    for call in (weights.shapes, weights.values, lambda x: weights.assign(x, {})):
+        for wrong in (None, {"params": {}}):
+            with pytest.raises(TypeError, match=rf"^model: expected {what}, got (None|dict)\. .*carry"):
+                call(wrong)
+    with pytest.raises(TypeError, match=r"^given: expected a mapping, got list\.$"):
+        weights.assign(model, [np.ones((1, 1))])
+
+
 # The ready rules, against the layers themselves.
 
 

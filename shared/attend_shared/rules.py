@@ -168,12 +168,15 @@ def fitting(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -
         given: `Value`, or arrays, by path.
 
     Raises:
+        TypeError: what is given is no mapping, or holds what is no array.
         WeightsError: a parameter is missing, unexpected or misshapen.
 
     Example:
         >>> fitting({"bias": (2,)}, {"bias": np.zeros(2, np.float32)})["bias"].dtype
         'float32'
     """
+    if not isinstance(given, Mapping):
+        raise TypeError(f"given: expected a mapping, got {type(given).__name__}.")
     found = {path: x if isinstance(x, Value) else value(x) for path, x in given.items()}
     missing = [path for path in expected if path not in found]
     unexpected = [path for path in found if path not in expected]
