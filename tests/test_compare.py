@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from attend_shared import compare, dtypes, oracle, philox, reference
-from attend_shared.cases import Problem
+from attend_shared.cases import Problem, case
 
 ALL = ("out", "lse", "dq", "dk", "dv")
 
@@ -589,6 +589,14 @@ def test_against_oracle():
     assert [row.name for row in rows] == list(ALL)
     with pytest.raises(compare.Mismatch, match=r"^out .*\n"):
         compare.against_oracle(lambda *, q_offset, **rest: mine(**rest, q_offset=0), given)
+
+
+def test_against_oracle_says_what_it_was_not_given():
+    with pytest.raises(TypeError, match=r"^problem: expected a Problem, got Case\. Cases make one: case\(\.\.\.\)"):
+        compare.against_oracle(lambda **_: 0, case("causal"))
+    with pytest.raises(TypeError, match=r"^attention: expected \(out, lse\) where return_lse=True, got float"):
+        compare.against_oracle(lambda q, **_: q, problem("causal", "float32"))
+
 
 
 # The reference.

@@ -21,16 +21,15 @@ Three things make the rule fit every case; each is as narrow as it can be:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from attend_shared import dtypes, oracle, reference
+from attend_shared.call import describe
 from attend_shared.oracle import Bools, Floats, Outcome, Size
-
-if TYPE_CHECKING:
-    from attend_shared.cases import Problem
+from attend_shared.problems import Problem
 
 __all__ = [
     "FACTOR",
@@ -229,6 +228,7 @@ def against_oracle(attention: Callable[..., Any], problem: Problem) -> list[Row]
         The rows of `errors`, for the results that were returned.
 
     Raises:
+        TypeError: problem is none; or attention returns no pair where it is asked for lse.
         Mismatch: a result is wrong.
 
     Example:
@@ -245,10 +245,14 @@ def against_oracle(attention: Callable[..., Any], problem: Problem) -> list[Row]
         attend_shared.compare.Mismatch: out (float64): 64 of 64 elements over the budget
           ...
     """
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem: expected a Problem, got {describe(problem)}. Cases make one: case(...).build().")
     asks = {} if problem.lse_cotangent is None else {"return_lse": True}
     answer = attention(**problem.arguments, **asks)
     known = budgets(problem)
     if not isinstance(answer, Outcome):
+        if asks and not (isinstance(answer, (tuple, list)) and len(answer) == 2):
+            raise TypeError(f"attention: expected (out, lse) where return_lse=True, got {describe(answer)}.")
         out, lse = answer if asks else (answer, None)
         answer = Outcome(np.asarray(out, np.float64), None if lse is None else np.asarray(lse, np.float64), {})
         known = {name: budget for name, budget in known.items() if name in ("out", "lse")}
