@@ -577,7 +577,9 @@ def test_select() -> None:
 @pytest.mark.parametrize(
     ("levels", "message"),
     [
-        (("causal", "cuasal"), "levels: expected names from attend_shared.factors, got 'cuasal'. Did you mean causal"),
+        (("causal", "cuasal"), "levels: expected names from attend_shared.factors, got 'cuasal'. Did you mean causal?"),
+        (("nosuch",), "levels: expected names from attend_shared.factors, got 'nosuch'. They stand in FACTORS there."),
+        ((3,), "levels: expected names from attend_shared.factors, got 3. They stand in FACTORS there."),
         (("causal", "window"), "levels: expected one for position, got causal and window"),
         (
             ("wide", "segments_q"),

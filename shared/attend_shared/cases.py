@@ -116,9 +116,9 @@ def case(*levels: str) -> Case:
     chosen: dict[int, str] = {}
     for level in levels:
         if level not in LEVELS:
-            close = difflib.get_close_matches(level, LEVELS, 3)
+            close = difflib.get_close_matches(str(level), LEVELS, 3)
             raise ValueError(f"levels: expected names from attend_shared.factors, got {level!r}. "
-                             f"{'Did you mean ' + ' or '.join(close) if close else 'See FACTORS there'}?")  # fmt: skip
+                             + (f"Did you mean {' or '.join(close)}?" if close else "They stand in FACTORS there."))
         place = SPACE.home[SPACE.index[level]]
         if chosen.setdefault(place, level) != level:
             raise ValueError(f"levels: expected one for {FACTORS[place].name}, got {chosen[place]} and {level}")
