@@ -232,11 +232,11 @@ def test_an_int64_scalar_is_a_seed_in_torch_only() -> None:
 def test_arrays_of_the_other_framework() -> None:
     q = right_call()["q"]
     theirs, ours = jnp.asarray(q), torch.from_numpy(q)
-    text = ("q: expected an array of the framework that is called, got float32 of shape (2, 4, 6, 8). "
-            "attend_torch takes torch tensors, attend_jax takes JAX and NumPy arrays.")  # fmt: skip
-    assert error_of(attend_torch.attend, theirs, theirs, theirs) == ("TypeError", text)
-    assert error_of(attend_torch.attend, q, q, q) == ("TypeError", text)
-    assert error_of(attend_jax.attend, ours, ours, ours) == ("TypeError", text)
+    for attend, x, whose in ((attend_torch.attend, theirs, "jaxlib"), (attend_torch.attend, q, "numpy"),
+                             (attend_jax.attend, ours, "torch")):  # fmt: skip
+        text = ("q: expected an array of the framework that is called, got float32 of shape (2, 4, 6, 8). It is of "
+                f"{whose}; attend_torch takes torch tensors, attend_jax takes JAX and NumPy arrays.")  # fmt: skip
+        assert error_of(attend, x, x, x) == ("TypeError", text)
 
 
 DATA = {

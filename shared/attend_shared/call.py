@@ -416,8 +416,9 @@ def _shape(array: Any) -> tuple[int, ...]:
 def check_array(framework: Framework, argument: str, value: Any) -> None:
     """Raise TypeError unless the value is an array of this framework."""
     if not isinstance(value, framework.arrays):
+        whose = f"It is of {type(value).__module__.partition('.')[0]}; " if hasattr(value, "dtype") else ""
         raise wrong(TypeError, argument, "an array of the framework that is called", value,
-                     "attend_torch takes torch tensors, attend_jax takes JAX and NumPy arrays.")  # fmt: skip
+                     f"{whose}attend_torch takes torch tensors, attend_jax takes JAX and NumPy arrays.")  # fmt: skip
 
 
 def _sizes(framework: Framework, q: Any, k: Any, v: Any, layout: str) -> tuple[int, ...]:
