@@ -11,8 +11,8 @@ from attend_shared import avoid, choice, devices
 from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.choice import Explanation, Implementation
 from attend_shared.merging import check_merge, merge_parts
-from attend_shared.runs import settled, told
-from attend_torch import runs
+from attend_shared.runs import ids_of, told
+from attend_torch import again, runs
 from attend_torch.arrays import FRAMEWORK, device_type, signed
 from attend_torch.implementations import PACKING, table
 from attend_torch.machine import capability
@@ -135,6 +135,13 @@ def attend(
         (2024): softcap. Xiao et al., Efficient streaming language models with attention sinks (2023). Salmon et al.,
         Parallel random numbers: as easy as 1, 2, 3 (2011): dropout.
     """
+    if (mask is bias is q_offset is q_segment_ids is kv_segment_ids is q_lengths is kv_lengths is sinks is dropout_seed
+            is None and score_fn is None and mask_fn is None):  # fmt: skip
+        result = again.result(
+            q, k, v, is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation
+        )  # fmt: skip
+        if result is not None:
+            return result(q, k, v)
     arrays = Arrays(
         q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
     )
@@ -147,12 +154,12 @@ def run(arrays: Arrays, *options: Any) -> Any:
     if kind := _autocasts(arrays.q):
         with torch.autocast(kind, enabled=False):
             return run(_autocast(arrays, torch.get_autocast_dtype(kind)), *options)
-    call = check(FRAMEWORK, arrays, *options)
-    call, starts = looked(call, arrays) if call.segments else (call, None)
-    chosen = choice.choose(table(None if call.names else call), call)
-    if call.runs:
-        call, arrays = settled(call, arrays, chosen.name == PACKING, starts)
-    out, lse = chosen.module.attend(call, _canonical(call, arrays))
+    way = again.way(arrays, *options)
+    state, starts = runs.tell(way.call, arrays, ids_of(arrays)) if way.looks else (way.state, None)
+    call, module, packs = way.choice(state)
+    if packs and starts is not None:
+        arrays = arrays._replace(q_segment_ids=starts, kv_segment_ids=starts)
+    out, lse = module.attend(call, _canonical(call, arrays))
     if call.layout == "bnhd":
         out = out.transpose(1, 2)
     return (out, lse) if call.return_lse else out

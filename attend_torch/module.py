@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from attend_shared.call import Arrays, check_module
-from attend_torch.attend import run
+from attend_torch.attend import attend, run
 
 
 class Attend(nn.Module):
@@ -103,6 +103,14 @@ class Attend(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if dropout and dropout_seed is None and isinstance(q, torch.Tensor):
             dropout_seed = torch.randint(-(2**63), 2**63 - 1, (), device=q.device)
+        if self.flash is None:
+            return attend(
+                q, k, v, mask, bias=bias, is_causal=self.is_causal, q_offset=q_offset, window_size=self.window_size,
+                q_segment_ids=q_segment_ids, kv_segment_ids=kv_segment_ids, q_lengths=q_lengths, kv_lengths=kv_lengths,
+                sinks=sinks, softcap=self.softcap, scale=self.scale, dropout=dropout, dropout_seed=dropout_seed,
+                return_lse=return_lse, layout=self.layout, implementation=self.implementation, score_fn=score_fn,
+                mask_fn=mask_fn,
+            )  # fmt: skip
         arrays = Arrays(
             q, k, v, mask, bias, q_offset, q_segment_ids, kv_segment_ids, q_lengths, kv_lengths, sinks, dropout_seed
         )

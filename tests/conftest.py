@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from attend_shared import avoid
+
 CI = os.environ.get("CI") == "true"
 
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")  # no dtype widens unseen
@@ -38,6 +40,12 @@ def compile_fast() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def forget_choices() -> None:
+    """A test may put something else in the place of what was chosen before it."""
+    avoid.CHOICES.clear()
 
 
 def require(package: str) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -92,6 +95,20 @@ def attend(call: Call, arrays: Arrays) -> tuple[torch.Tensor, None]:
     )
     return hide_rows(call, arrays, out) if call.q_lengths else out, None
 
+
+def plain(call: Call) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """(q, k, v) -> out, all in the caller's layout, for calls of nothing else; None where they need a mask."""
+    if _needs_mask(call):
+        return None
+    attention = partial(
+        F.scaled_dot_product_attention, is_causal=call.right == 0, scale=call.scale, enable_gqa=call.h != call.hk
+    )
+    if call.layout == "bhnd":
+        return attention
+    return lambda q, k, v: attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+attend.plain = plain  # type: ignore[attr-defined]
 
 def _mask(call: Call, arrays: Arrays) -> torch.Tensor | None:
     """What torch calls attn_mask: bool on a CPU; additive with a bias, and on a GPU.

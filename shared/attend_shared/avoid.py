@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from importlib import import_module, metadata
 from pathlib import Path
 from stat import S_ISREG
@@ -141,6 +141,8 @@ class Avoided(NamedTuple):
 
 _READ: list[Avoided | None] = []
 _FOUND: dict[tuple[str, str], tuple[_Reason, ...]] = {}
+CHOICES: dict[Hashable, Any] = {}  # what a framework remembers of its choices, by what they hang on besides
+KEPT = 4096  # of them
 
 
 class _Reason(NamedTuple):
@@ -213,6 +215,14 @@ def forget() -> None:
     """Read ATTEND_AVOID again at the next choice. What has been compiled keeps what was chosen for it."""
     _READ.clear()
     _FOUND.clear()
+    CHOICES.clear()
+
+
+def remember(key: Hashable, choice: Any) -> None:
+    """Add to what was chosen while these rules are in force."""
+    if len(CHOICES) >= KEPT:
+        CHOICES.clear()
+    CHOICES[key] = choice
 
 
 def _file() -> Avoided | None:

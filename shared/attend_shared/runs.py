@@ -81,9 +81,14 @@ def told(
         return call._replace(runs=PACKED), None  # nothing is launched
     if not any(reaches(table(call), call, name) for name in names):
         return call, None
-    ids = [x for x in (arrays.q_segment_ids, arrays.kv_segment_ids) if x is not None]
-    state, starts = tell(call, arrays, ids[:1] if ids[0] is ids[-1] else ids)
+    state, starts = tell(call, arrays, ids_of(arrays))
     return call._replace(runs=state), starts
+
+
+def ids_of(arrays: Arrays) -> list[Any]:
+    """The arrays of ids of a call with segments: two, or one where q and k have the same."""
+    ids = [x for x in (arrays.q_segment_ids, arrays.kv_segment_ids) if x is not None]
+    return ids[:1] if ids[0] is ids[-1] else ids
 
 
 def settled(call: Call, arrays: Arrays, takes: bool, starts: Any) -> tuple[Call, Arrays]:
