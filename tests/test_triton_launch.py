@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from attend_shared.call import Arrays, canonical, check
+from attend_shared.call import Arrays, Call, canonical, check
 from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import triton
 from conftest import require
@@ -190,6 +190,72 @@ def test_a_launcher_that_is_not_known_is_left_to_triton(
     attend(q, q, q)
     attend(q, q, q)
     assert [kind for kind, _ in machine.seen] == ["compiled", "public"]
+
+
+def asked(x: torch.Tensor, layout: str = "bhnd", return_lse: bool = True) -> Call:
+    """A call of three such arrays and nothing else, on a GPU."""
+    call = check(FRAMEWORK, Arrays(x, x, x), False, None, None, None, 0.0, return_lse, layout, "triton")
+    return call._replace(platform="cuda")
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+def test_the_shortest_way_launches_what_the_door_does(layout: str, machine: Machine) -> None:
+    shape = (1, 2, 16, 64) if layout == "bhnd" else (1, 16, 2, 64)
+    call, given = asked(draw(*shape), layout), [draw(*shape) for _ in range(3)]
+    result, alone = triton.plain(call), triton.plain(call._replace(return_lse=False))
+    assert result is not None and alone is not None
+    for turn in range(3):
+        given = [draw(*shape) for _ in range(3)]
+        out, lse = result(*given)
+        kind, launched = machine.seen[-1]
+        assert kind == ("launched" if turn else "compiled")
+        assert (out.shape, out.is_contiguous(), lse.shape) == (shape, True, (1, 2, 16))
+        triton.attend(call, canonical(call, Arrays(*given)))
+        kind, by_door = machine.seen[-1]
+        assert kind == "launched"
+        if turn:
+            assert launched[HEAD : HEAD + 3] == tuple(x.data_ptr() for x in given)
+            differ = [n for n, (x, y) in enumerate(zip(launched, by_door, strict=True)) if x != y]
+            results = range(launched.index(out.data_ptr()), launched.index(out.data_ptr()) + 5)
+            assert launched[results[1]] == lse.data_ptr()
+            assert set(differ) <= set(results)
+        assert alone(*given).shape == shape
+
+
+def test_the_shortest_way_is_for_what_looks_the_same(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = draw(1, 2, 16, 64)
+    result = triton.plain(asked(q))
+    assert result is not None
+    runs: list[Any] = []
+    forward = triton._forward
+    monkeypatch.setattr(triton, "_forward", lambda *given: runs.append(given) or forward(*given))
+
+    def kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[str, int]:
+        runs.clear()
+        result(q, k, v)
+        return machine.seen[-1][0], len(runs)
+
+    assert [kinds(q, q, q) for _ in range(2)] == [("compiled", 1), ("launched", 0)]
+    other = draw(1, 16, 2, 64).transpose(1, 2)
+    assert [kinds(q, other, q) for _ in range(2)] == [("compiled", 1), ("launched", 0)]
+    odd = draw(1, 2, 16, 64, at=3)
+    assert [kinds(q, q, odd) for _ in range(2)] == [("compiled", 1), ("launched", 1)]
+    assert kinds(q, q, q) == ("launched", 0)
+    machine.stream = 11
+    result(q, q, q)
+    assert machine.seen[-1][1][3] == 11
+    machine.hooks.launch_enter_hook = lambda metadata: None
+    assert kinds(q, q, q) == ("public", 0)
+    machine.hooks.launch_enter_hook = None
+    machine.device = 3
+    assert kinds(q, q, q) == ("launched", 1)
+    assert (machine.entered, machine.device) == ([q.get_device()], 3)
+
+
+def test_the_shortest_way_is_not_for_gradients(machine: Machine) -> None:
+    q = draw(1, 2, 16, 64)
+    assert triton.plain(asked(q)) is not None
+    assert triton.plain(asked(q.requires_grad_())) is None
 
 
 def test_no_array_is_kept(machine: Machine) -> None:
