@@ -201,6 +201,13 @@ def test_rules_that_come_later_count(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert sdpa not in ran[3:]
 
 
+def test_what_takes_the_place_of_a_function_of_torch_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = three()
+    attend_torch.attend(*inputs)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **options: q)
+    assert attend_torch.attend(*inputs) is inputs[0]
+
+
 class Marked(torch.Tensor):
     """A tensor of a class of its own, which sees what is done with it."""
 

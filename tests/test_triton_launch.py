@@ -70,7 +70,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
 
     found = Machine()
     for module, kernels in (
-        (attention, ("forward",)),
+        (attention, ("forward", "join")),
         (gradients, ("row_sums", "query_gradients", "key_gradients")),
         (bounds, ("key_ranges", "query_ranges", "overlaps", "list_blocks", "pack_keys")),
     ):
@@ -222,6 +222,26 @@ def test_the_shortest_way_launches_what_the_door_does(layout: str, machine: Mach
         assert alone(*given).shape == shape
 
 
+def test_the_shortest_way_launches_all_there_is(machine: Machine) -> None:
+    """Few queries and many keys: parts, and what joins them."""
+    q, k, v = draw(1, 2, 1, 64), draw(1, 2, 4096, 64), draw(1, 2, 4096, 64)
+    call = check(FRAMEWORK, Arrays(q, k, v), False, None, None, None, 0.0, True, "bhnd", "triton")
+    result = triton.plain(call := call._replace(platform="cuda"))
+    assert result is not None
+    result(q, k, v)
+    machine.seen.clear()
+    kept = [result(q, k, v), triton.attend(call, Arrays(q, k, v))]
+    assert [kind for kind, _ in machine.seen] == ["launched"] * 4
+    ours, by_door = ([given for _, given in machine.seen[n : n + 2]] for n in (0, 2))
+    same: dict[int, int] = {}  # what stands in one where another stands in the other, the same everywhere
+    for mine, its in zip(ours, by_door, strict=True):
+        for x, y in zip(mine, its, strict=True):
+            assert (same.setdefault(x, y) if type(x) is int and x > 2**32 else x) == y
+    assert all(x.data_ptr() in ours[1] for x in kept[0])
+    parts = {x for x in ours[0][HEAD:] if type(x) is int and x > 2**32} & set(ours[1][HEAD:])
+    assert parts, "what the first made is what the second takes"
+
+
 def test_the_shortest_way_is_for_what_looks_the_same(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     q = draw(1, 2, 16, 64)
     result = triton.plain(asked(q))
@@ -238,6 +258,9 @@ def test_the_shortest_way_is_for_what_looks_the_same(machine: Machine, monkeypat
     assert [kinds(q, q, q) for _ in range(2)] == [("compiled", 1), ("launched", 0)]
     other = draw(1, 16, 2, 64).transpose(1, 2)
     assert [kinds(q, other, q) for _ in range(2)] == [("compiled", 1), ("launched", 0)]
+    turned = draw(1, 2, 64, 16).mT  # whose rows are copied
+    assert [kinds(turned, q, q)[1] for _ in range(3)] == [1] * 3
+    assert turned.data_ptr() not in machine.seen[-1][1]
     odd = draw(1, 2, 16, 64, at=3)
     assert [kinds(q, q, odd) for _ in range(2)] == [("compiled", 1), ("launched", 1)]
     assert kinds(q, q, q) == ("launched", 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -100,12 +99,14 @@ def plain(call: Call) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], to
     """(q, k, v) -> out, all in the caller's layout, for calls of nothing else; None where they need a mask."""
     if _needs_mask(call):
         return None
-    attention = partial(
-        F.scaled_dot_product_attention, is_causal=call.right == 0, scale=call.scale, enable_gqa=call.h != call.hk
-    )
+    causal, scale, grouped = call.right == 0, call.scale, call.h != call.hk
+
+    def result(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+
     if call.layout == "bhnd":
-        return attention
-    return lambda q, k, v: attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        return result
+    return lambda q, k, v: result(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
 attend.plain = plain  # type: ignore[attr-defined]

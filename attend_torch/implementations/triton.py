@@ -82,7 +82,7 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
     if call.is_empty or call.gradient or plans.INTERPRETED:
         return None
     with_lse = call.return_lse
-    found: dict[tuple, Callable[..., tuple[Tensor, Tensor]] | None] = {}
+    found: dict[tuple, Callable[..., Sequence[Tensor]] | None] = {}
 
     def result(q: Tensor, k: Tensor, v: Tensor) -> Any:
         device, places = q.get_device(), [0, q.data_ptr(), k.data_ptr(), v.data_ptr()]
@@ -94,7 +94,8 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
         plan, known = _forward(call, canonical(call, Arrays(q, k, v)))
         if len(found) >= 64:
             found.clear()
-        found[key] = _sent(plan.forward, device, q.dtype)
+        is_copied = plan.gluon or not q.stride(3) == k.stride(3) == v.stride(3) == 1  # if need be
+        found[key] = None if is_copied else _sent(plan.forward, known, device)
         out = _turned(call, known["out"])
         return (out, known["lse"]) if with_lse else out
 
@@ -104,21 +105,37 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
 attend.plain = plain  # type: ignore[attr-defined]
 
 
-def _sent(kernels: Sequence[_Kernel], device: int, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]] | None:
-    """(stream, heard, [0, *addresses of q, k, v]) -> out, as it lies, and lse: one launch of what was compiled for
-    aligned arrays; None where there is no such."""
-    kernel = kernels[0]
-    launch = kernel.compiled.get((device, *3 * (dtype,), *4 * (True,)))
-    if launch is None or len(kernels) > 1 or kernel.described or kernel.given != ("q", "k", "v"):
-        return None
-    inputs, results, made = kernel.inputs, kernel.results, tuple(each[1:] for each in kernel.made)
-    names = [name for name, *_ in kernel.made]
-    ends = itemgetter(names.index("out"), names.index("lse"))
+def _sent(kernels: Sequence[_Kernel], known: dict[str, Tensor], device: int) -> Callable[..., Sequence[Tensor]] | None:
+    """(stream, heard, [0, *addresses of q, k, v]) -> out, as it lies, and lse: what was compiled for aligned arrays.
 
-    def sent(stream: int, heard: bool, places: list[int]) -> tuple[Tensor, Tensor]:
-        arrays = [_empty(*each) for each in made]
-        places += [x.data_ptr() for x in arrays]
-        launch(stream, heard, inputs(places), results(places))
+    Args:
+        kernels: which have run.
+        known: their arrays.
+        device: where.
+
+    Returns:
+        None where one of them was not compiled for such, or takes more than addresses.
+    """
+    order, steps = [None, "q", "k", "v"], []
+    for kernel in kernels:
+        aligned = (True,) * (1 + len(kernel.given))
+        launch = kernel.compiled.get((device, *(known[name].dtype for name in kernel.given), *aligned))
+        if launch is None or kernel.described or not set(kernel.given) <= set(order):
+            return None
+        inputs = picks([order.index(name) for name in kernel.launch.inputs])
+        order += [name for name, *_ in kernel.made]
+        made = tuple(each[1:] for each in kernel.made)
+        steps.append((launch, inputs, made, picks([order.index(name) for name in kernel.outputs])))
+    ends = picks([order.index(name) - 4 for name in ("out", "lse")])
+
+    def sent(stream: int, heard: bool, places: list[int]) -> Sequence[Tensor]:
+        arrays: list[Tensor] = []
+        for launch, inputs, made, results in steps:
+            given = inputs(places)
+            for each in made:
+                arrays.append(x := _empty(*each))
+                places.append(x.data_ptr())
+            launch(stream, heard, given, results(places))
         return ends(arrays)
 
     return sent
