@@ -207,7 +207,7 @@ MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
 MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may have 227 KB of shared memory
 BY_THIRDS = ("9.0",)  # where products of float32 are put together from those of bfloat16; 10.0 has no room for the sums
-FEW = 16  # queries or keys, up to which products of float32 are made in full all the same
+FEW = 16  # queries, up to which products of float32 are made in full all the same
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
 SAVED = ("out", "lse", "top", "inverse", "exact", *BOUNDS)  # what the way back takes of the way forward
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
@@ -230,10 +230,10 @@ def runs_gluon(capability: str) -> bool:
 
 def in_full(call: Call, capability: str) -> bool:
     """Whether products of float32 are made in full, rather than put together from those of bfloat16."""
-    # The parts of rows of 256 fill the registers; few queries wait for memory; and gradients of a row with one key,
-    # which are 0, missed the budget with dropout, and where one key is all there is.
+    # The parts of rows of 256 fill the registers; few queries wait for memory; and with dropout the gradients of a row
+    # with one key, which are 0, missed the budget.
     wide = max(call.d, call.dv) > 128
-    return capability not in BY_THIRDS or wide or min(call.i, call.j) <= FEW or call.dropout > 0
+    return capability not in BY_THIRDS or wide or call.i <= FEW or call.dropout > 0
 
 
 def refusal(call: Call) -> str | None:
