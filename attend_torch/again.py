@@ -114,6 +114,7 @@ def result(
         and _is_usual(is_causal, window_size, softcap, scale, dropout, return_lse)
         and (dtype := q.dtype) is k.dtype is v.dtype
         and (device := q.device) == k.device == v.device
+        and not (q.is_neg() or k.is_neg() or v.is_neg())
     ):
         return None
     gradient = _has_gradients() and (q.requires_grad or k.requires_grad or v.requires_grad)

@@ -63,6 +63,15 @@ FRAMEWORK = Framework(
 )
 
 
+def negated(arrays: Arrays) -> Arrays:
+    """Numbers as they lie in memory, which kernels read: the imaginary part of a conjugate is negated lazily."""
+    if torch.compiler.is_compiling():  # which knows of no such tensors
+        return arrays
+    floats = {name: getattr(arrays, name) for name in ("q", "k", "v", "bias", "sinks")}
+    changed = {name: x.resolve_neg() for name, x in floats.items() if x is not None and x.is_neg()}
+    return arrays._replace(**changed) if changed else arrays
+
+
 def signed(arrays: Arrays) -> Arrays:
     """Unsigned integers as int64: torch compares and subtracts few of the unsigned ones."""
     wide = {}

@@ -13,7 +13,7 @@ from attend_shared.choice import Explanation, Implementation
 from attend_shared.merging import check_merge, merge_parts
 from attend_shared.runs import ids_of, told
 from attend_torch import again, runs
-from attend_torch.arrays import FRAMEWORK, device_type, signed
+from attend_torch.arrays import FRAMEWORK, device_type, negated, signed
 from attend_torch.implementations import PACKING, table
 from attend_torch.machine import capability
 from attend_torch.philox import seed_words
@@ -171,7 +171,7 @@ def looked(call: Call, arrays: Arrays) -> tuple[Call, torch.Tensor | None]:
 
 
 def _canonical(call: Call, arrays: Arrays) -> Arrays:
-    arrays = canonical(call, arrays)
+    arrays = canonical(call, negated(arrays))
     if call.segments or call.q_lengths or call.kv_lengths or call.offset == "data":
         arrays = signed(arrays)
     if call.dropout:

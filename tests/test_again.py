@@ -295,3 +295,20 @@ def test_no_array_is_kept_and_what_is_kept_is_bounded(monkeypatch: pytest.Monkey
     for n in range(1, 12):
         attend_torch.attend(*(draw(1, 1, n, 4) for _ in range(3)))
         assert len(avoid.CHOICES) <= 4
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_kernels_read_memory_so_what_is_negated_lazily_is_negated(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came, attend = [], sdpa.attend
+    monkeypatch.setattr(sdpa, "attend", lambda call, arrays: came.append(arrays) or attend(call, arrays))
+    q, k, v = three()
+    lazy = torch.complex(q, k).conj().imag
+    assert lazy.is_neg()
+    mask = torch.ones(1, k.shape[2], dtype=torch.bool) if masked else None
+    for _ in range(2):
+        attend_torch.attend(q, k, v, mask, implementation="sdpa")  # its like is remembered
+        found = attend_torch.attend(q, lazy, v, mask, implementation="sdpa")
+        assert found.equal(attend_torch.attend(q, -k, v, mask, implementation="sdpa"))
+    assert len(came) == 6 and not any(x.is_neg() for each in came for x in each[:3])

@@ -49,6 +49,7 @@ ONE_SIDED_FILES = {
     "attend_jax/linen/multihead.py": "Flax has two kinds of modules, PyTorch one",
 }
 ONE_SIDED_NAMES = {
+    "attend_torch.arrays.negated": "torch negates lazily",
     "attend_torch.arrays.signed": "torch compares and subtracts few unsigned integers",
     "attend_torch.arrays.is_traced": "JAX traces everything",
     "attend_torch.arrays.is_watched": "JAX traces everything",

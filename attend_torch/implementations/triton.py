@@ -490,9 +490,9 @@ def _gradients(
     for name, x in zip(SAVED, saved, strict=False):
         if x is not None and x.numel():
             known[name] = x
-    known["out"], known["dout"] = _turned(call, known["out"]), _rows(dout)
+    known["out"], known["dout"] = _turned(call, known["out"]), _rows(dout.resolve_neg())
     if dlse is not None:
-        known["dlse"] = dlse.contiguous()
+        known["dlse"] = dlse.resolve_neg().contiguous()
     has_bounds = bool(plan.bounds) and all(name in known for name in plan.bounds)
     _run(plan.backward(known["dout"].stride()[:3], wanted[3], dlse is not None, has_bounds), known)
     found = [known[name] if wants else None for name, wants in zip(GRADIENTS, wanted, strict=True)]
