@@ -16,7 +16,7 @@ import jax
 from attend_shared.kernels.plan import Blocks, Launch
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-CUDA_TYPES = {"float16": 6, "bfloat16": 9}  # CUtensorMapDataType
+CUDA_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType
 Pairs = tuple[tuple[str, Any], ...]
 
 
@@ -56,7 +56,7 @@ def available() -> bool:
 
 
 def call(launch: Launch, inputs: Sequence[Any], outputs: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-    """The outputs of a launch of a kernel of `attend_shared.kernels.hopper` or `narrow`."""
+    """The outputs of a launch of a kernel of `attend_shared.kernels.hopper`, `keys` or `narrow`."""
     dtypes = tuple(str(x.dtype) for x in (*inputs, *outputs))
     given = tuple((launch.blocks.get(name or ""), dtype) for name, dtype in zip(launch.inputs, dtypes, strict=False))
     made = compiled(launch, dtypes)
@@ -74,7 +74,7 @@ def compiled(launch: Launch, dtypes: Sequence[str]) -> Compiled:
     pointers = ["*" + SHORT[dtype] for dtype in dtypes]
     for name, (_, _, block) in launch.blocks.items():
         n = launch.inputs.index(name)
-        pointers[n] = f"tensordesc<{SHORT[dtypes[n]]}{list(block)},{hopper.block_layout(block)!r}>"
+        pointers[n] = f"tensordesc<{SHORT[dtypes[n]]}{list(block)},{hopper.block_layout(block, dtypes[n])!r}>"
     numbers = [("fp32" if isinstance(x, float) else "constexpr" if x == 1 else "i32") for x in launch.numbers]
     count = len(launch.inputs)
     kinds = (*pointers[:count], *numbers, *pointers[count:])

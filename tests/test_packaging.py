@@ -32,7 +32,7 @@ HEAD = {"numpy", "einops", "packaging", "click", "rich"}
 # Which are imported where a kernel is launched, and nowhere else.
 KERNELS = tuple(
     f"attend_shared.kernels.{name}"
-    for name in ("attention", "bounds", "dropout", "gradients", "hopper", "narrow", "tiles", "visits")
+    for name in ("attention", "bounds", "dropout", "gradients", "hopper", "keys", "narrow", "tiles", "visits")
 )
 
 

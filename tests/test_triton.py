@@ -572,6 +572,124 @@ def test_shares_of_programs_are_alike(heads: int, length: int, high: int, togeth
     assert plans._neighbours(heads, blocks, length, high) == together
 
 
+def keys_launch(**options: Any) -> tuple[Call, plans.Launch]:
+    call = call_of(**MANY | options)
+    x, at = (call.h * call.i * call.d, call.i * call.d, call.d), options.get("q_offset", 0)
+    plan = plans.plan(call, plans.Layout(x, x, x, at=at, gluon=True))
+    (launch,) = (each for each in plan.backward(x, False, False, False) if each.kernel.endswith("key_gradients"))
+    return call, launch
+
+
+MANY = {name: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") for name in "qkv"}
+MANY64 = {name: torch.empty(2, 4, 4096, 64, dtype=torch.bfloat16, device="meta") for name in "qkv"}
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, True),
+        ({"is_causal": True}, True),
+        ({"is_causal": True, "q": MANY["q"][:, :, :2047], "q_offset": 0}, False),  # few a key
+        ({"is_causal": True, "q": MANY["q"][:, :, :2047], "q_offset": 1}, False),
+        ({"q": MANY["q"][:, :, :1024], "q_offset": 0}, True),
+        ({"q": MANY["q"][:, :, :1024], "q_offset": 1024}, True),
+        ({"is_causal": True, "q_offset": 5}, False),  # which is data in JAX
+        ({"q": MANY["q"][:, :, :1023], "q_offset": 0}, False),
+        ({"window_size": (1023, 0)}, True),
+        ({"window_size": (1022, 0)}, False),
+        ({"window_size": (None, 5)}, True),
+        ({name: x[:, :, :1999] for name, x in MANY.items()}, True),
+        ({"k": MANY["k"][:, :, :1152], "v": MANY["v"][:, :, :1152], "q_offset": 0}, True),  # 72 tiles
+        ({"k": MANY["k"][:, :, :1024], "v": MANY["v"][:, :, :1024], "q_offset": 0}, False),  # 64
+        ({name: torch.empty(2, 64, 1024 if name == "q" else 127, 128, dtype=torch.bfloat16, device="meta")
+          for name in "qkv"} | {"q_offset": 0}, False),
+        ({"scale": -1.0}, True),
+        ({"sinks": torch.empty(4, dtype=torch.float64, device="meta")}, True),
+        ({name: x.half() for name, x in MANY.items()}, True),
+        ({name: x.float() for name, x in MANY.items()}, False),
+        (MANY64, True),
+        (MANY64 | {"is_causal": True}, True),
+        ({name: x[:, :, :4000] for name, x in MANY64.items()} | {"is_causal": True}, False),
+        ({name: x[:, :, :2000] for name, x in MANY64.items()}, False),
+        ({name: x[..., :96] for name, x in MANY.items()}, False),
+        ({"v": MANY["v"][..., :64]}, False),
+        ({"softcap": 3.0}, False),
+        ({"dropout": 0.1, "dropout_seed": 1}, False),
+        ({"mask": torch.empty(2, 2048, dtype=torch.bool, device="meta")}, False),
+        ({"bias": torch.empty(1, 4, 2048, 2048, device="meta")}, False),
+        ({"kv_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, False),
+        ({"q_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, False),
+        ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, False),
+    ],
+)
+def test_which_keys_have_a_kernel_of_compute_capability_9(options: dict[str, Any], taken: bool) -> None:
+    call, launch = keys_launch(**options)
+    assert launch.kernel == ("long_key_gradients" if taken else "key_gradients")
+    x = (call.h * call.i * call.d, call.i * call.d, call.d)
+    elsewhere = plans.plan(call, plans.Layout(x, x, x, at=options.get("q_offset", 0))).backward(x, False, False, False)
+    assert "key_gradients" in [each.kernel for each in elsewhere]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True, "q": MANY["q"].repeat(1, 2, 1, 1)}, MANY64 | {"window_size": (2047, 0)}],
+    ids=["full", "causal, grouped heads", "rows of 64"],
+)
+def test_the_kernel_of_keys_compiles_in_jax(options: dict[str, Any], tmp_path: Path) -> None:
+    """Two groups of warps that compute, and one that loads; and ptxas lets products run beside all else."""
+    import triton as language
+
+    call, launch = keys_launch(**options)
+    assert launch.kernel == "long_key_gradients"
+    dtypes = {name: "float32" if name == "known" else call.dtype for name in launch.inputs}
+    made = gluon.compiled(launch, [*dtypes.values(), call.dtype, call.dtype])
+    assert made.warps == 12
+    assert made.shared <= 227 * 1024
+    assert made.boxes == (*((3, (1, 1, 64, 64)),) * 4, (0, (1, 64, 4)))
+    arguments = made.ptx.partition(".visible .entry long_key_gradients(")[2].partition(")")[0].count(".param")
+    numbers = [x for x in launch.numbers if x != 1]
+    assert arguments == len(launch.inputs) + 4 * 8 + 6 + len(numbers) + len(launch.outputs) + 2
+    tool = Path(language.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    (tmp_path / "x.ptx").write_text(made.ptx)
+    command = [tool, "-v", "--gpu-name=sm_90a", tmp_path / "x.ptx", "-o", tmp_path / "x.cubin"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "Used" in said
+    assert "serialized" not in said
+
+
+@pytest.mark.parametrize("costs", [[66 - 2 * n for n in range(32)], [18 - 2 * n for n in range(8)], [66] * 32])
+@pytest.mark.parametrize("heads", [16, 64])
+def test_programs_have_shares_of_keys_that_are_alike(heads: int, costs: list[int]) -> None:
+    programs, together = plans._shares(heads, costs)
+    order = [cost for first in range(0, heads, together) for cost in costs for _ in range(min(together, heads - first))]
+    turns = [order[n : n + programs] for n in range(0, len(order), programs)]
+    share = [sum(t[n] if k % 2 == 0 else t[programs - 1 - n] for k, t in enumerate(turns)
+                 if (n if k % 2 == 0 else programs - 1 - n) < len(t)) for n in range(programs)]  # fmt: skip
+    assert sum(share) == heads * sum(costs)
+    assert max(share) <= 1.05 * max(sum(share) / plans.PERSISTENT, max(costs))
+
+
+def test_a_gradient_that_arrives_where_no_descriptor_reaches_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a sum is, whose strides are all 0; one number for all heads of a row is not."""
+    monkeypatch.setattr(triton, "capability", lambda: "9.0")
+    q = torch.randn(1, 9, 1024, 128).bfloat16()
+    call = call_of(q=q, k=q, v=q)
+    ran: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(triton, "_run", lambda kernels, known: ran.append((kernels, known)))
+    odd = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape).copy_(q)
+    for dout, copied in ((q, False), (q[:, :1].expand(-1, 9, -1, -1), False), (odd, True),
+                         (q[:1, :1, :1, :1].expand(1, 9, 1024, 128), True)):  # fmt: skip
+        ran.clear()
+        arrays = canonical(call, Arrays(q, q, q))
+        triton._gradients(call, arrays, (q, None, None), dout, None, [False] * 5)
+        ((kernels, known),) = ran
+        assert torch.equal(known["dout"], dout)
+        assert (known["dout"].data_ptr() != dout.data_ptr()) == copied
+        (launch,) = (each.launch for each in kernels if each.launch.module == "keys")
+        assert launch.blocks["dout"].shape == (1, 1 if dout.stride(1) == 0 and not copied else 9, 1024, 128)
+        assert launch.constants["DOH"] == (launch.blocks["dout"].shape[1] > 1)
+
+
 def fake_jaxlib(**parts: Any) -> SimpleNamespace:
     """What of jaxlib launches kernels, each part giving its arguments back."""
 

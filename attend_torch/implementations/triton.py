@@ -94,7 +94,7 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
         plan, known = _forward(call, canonical(call, Arrays(q, k, v)))
         if len(found) >= 64:
             found.clear()
-        is_copied = plan.gluon or not q.stride(3) == k.stride(3) == v.stride(3) == 1  # if need be
+        is_copied = plan.aligned or not q.stride(3) == k.stride(3) == v.stride(3) == 1  # if need be
         found[key] = None if is_copied else _sent(plan.forward, known, device)
         out = _turned(call, known["out"])
         return (out, known["lse"]) if with_lse else out
@@ -265,7 +265,7 @@ def _descriptor(x: Tensor, blocks: Blocks) -> Any:
 
     from attend_shared.kernels import hopper
 
-    layout = hopper.block_layout(blocks.block)
+    layout = hopper.block_layout(blocks.block, str(x.dtype).removeprefix("torch."))
     return TensorDescriptor(x, list(blocks.shape), list(blocks.strides), list(blocks.block), layout)
 
 
@@ -376,7 +376,7 @@ class _Plan:
         inputs = {name for launch in plan.forward for name in launch.inputs}
         self.names = [name for name in _SMALL if name in inputs]
         self.bounds = plan.bounds
-        self.gluon = any(launch.gluon for launch in plan.forward)
+        self.aligned = plan.aligned
         self.forward = tuple(map(_Kernel, plan.forward))
         self.backward = lru_cache(maxsize=64)(lambda *how: tuple(map(_Kernel, plan.backward(*how))))
 
@@ -411,7 +411,7 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     elif isinstance(at, Tensor):
         offset, at = at.ndim + 1, 0
     plan = _plan(call, of_q, of_k, of_v, _strides(mask), _strides(bias), offset, at, q_ids is kv_ids)
-    if plan.gluon and not all(map(_is_aligned, (q, k, v))):  # what is copied is
+    if plan.aligned and not all(map(_is_aligned, (q, k, v))):  # what is copied is
         return _prepare(call, arrays._replace(q=_aligned(q), k=_aligned(k), v=_aligned(v)))
     for name in plan.names:
         known[name] = getattr(arrays, name).contiguous()
@@ -490,7 +490,8 @@ def _gradients(
     for name, x in zip(SAVED, saved, strict=False):
         if x is not None and x.numel():
             known[name] = x
-    known["out"], known["dout"] = _turned(call, known["out"]), _rows(dout.resolve_neg())
+    dout = _rows(dout.resolve_neg())
+    known["out"], known["dout"] = _turned(call, known["out"]), _aligned(dout) if plan.aligned else dout
     if dlse is not None:
         known["dlse"] = dlse.resolve_neg().contiguous()
     has_bounds = bool(plan.bounds) and all(name in known for name in plan.bounds)

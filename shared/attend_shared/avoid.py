@@ -40,6 +40,7 @@ TRAITS: dict[str, Callable[[Call], bool]] = {
     "any call": lambda call: True,
     "q_len == 1": lambda call: call.i == 1,
     "q_len > 512": lambda call: call.i > 512,
+    "q_len >= 1024": lambda call: call.i >= 1024,
     "q_len % 8 != 0": lambda call: call.i % 8 != 0,
     "q_len % 128 == 64": lambda call: call.i % 128 == 64,
     "kv_len == 1": lambda call: call.j == 1,

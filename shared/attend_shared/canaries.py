@@ -86,6 +86,7 @@ EMPTY = ("may have empty rows",)
 LONG = Size(b=1, i=32, j=4224)
 LONG64 = Size(b=1, h=4, i=200, j=2048)
 LONG128 = Size(b=1, h=4, i=200, j=2048, d=128, dv=128)
+MANY128 = Size(b=1, h=9, hk=9, i=1024, j=1024, d=128, dv=128)
 DECODE = Size(h=4, hk=2, i=1, j=1000)
 L64, K64 = "q_len % 128 == 64", "kv_len % 128 == 64"
 
@@ -129,6 +130,8 @@ CANARIES = (
     Canary("long rows of 64, causal, sinks", "the same, the diagonal in the last blocks, and one more term at the end",
            ("kv_len >= 2048, d == 64", "causal", "sinks"), LONG64, options={**CAUSAL, "q_offset": 1848},
            arrays={"sinks": "sinks"}),
+    Canary("many queries of 128", "the same on the way back, where keys go over queries, and programs over keys",
+           ("q_len >= 1024", "d == 128"), MANY128, repeat=True),
     # Rows without a key.
     Canary("left padding", "causal with keys masked on the left: the first rows have no key, and the loss sees them",
            EMPTY, options=CAUSAL, arrays={"mask": "left"}, quick=True),

@@ -26,9 +26,9 @@ NOTHING = gl.constexpr(float("-inf"))
 ROWS = gl.constexpr(64)  # of a group of warps
 
 
-def block_layout(block: tuple[int, ...]) -> gl.NVMMASharedLayout:
-    """How a block that a descriptor loads, of numbers of 2 bytes, lies in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+def block_layout(block: tuple[int, ...], dtype: str = "bfloat16") -> gl.NVMMASharedLayout:
+    """How a block that a descriptor loads lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(block), getattr(gl, dtype))
 
 
 @gluon.jit

@@ -63,7 +63,7 @@ class Launch(NamedTuple):
         outputs: what it writes.
         constants: what is fixed when it is compiled.
         warps, stages: num_warps and num_stages.
-        module: where it is: "attention", "gradients", "dropout", "bounds", "hopper" or "narrow".
+        module: where it is: "attention", "gradients", "dropout", "bounds", "hopper", "narrow" or "keys".
         blocks: inputs that are given as tensor descriptors, by their names.
     """
 
@@ -94,7 +94,7 @@ class Launch(NamedTuple):
     @property
     def gluon(self) -> bool:
         """Whether it is in Gluon."""
-        return self.module in ("hopper", "narrow")
+        return self.module in ("hopper", "narrow", "keys")
 
 
 class Layout(NamedTuple):
@@ -202,6 +202,10 @@ PERSISTENT = 132  # programs of narrow, each of which goes over its share of the
 NEIGHBOURS = 2**16, 2**17, 2**18  # keys of the heads whose longest rows come first; the L2 cache holds twice the first
 NARROW = Tile(192, 128, 4, 3)  # of narrow.narrow, the same
 NARROW_KEYS = 2048  # the same
+LONG_KEYS = Tile(64, 128, 4, 4)  # of keys.long_key_gradients, the same
+LONG_KEYS_SEEN = {64: 2048, 128: 1024}  # by how many queries, on average, from which on it is faster; by d
+LONG_KEYS_TILES = 67  # from which on half as many keys a program would not use more multiprocessors
+TOGETHER = 1, 2, 3, 6, 11, 16, 22, 33  # heads of which the first tiles of keys come first: as many as are tried
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
@@ -382,6 +386,74 @@ def _neighbours(heads: int, blocks: int, j: int, high: int) -> int:
     return min(size for size, share in found.items() if share <= 1.03 * min(found.values()))
 
 
+def _takes_long_keys(call: Call, layout: Layout) -> bool:
+    """Whether `keys.long_key_gradients` makes dk and dv, faster: nothing but a window and sinks."""
+    if not layout.gluon or call.d not in LONG_KEYS_SEEN or call.d != call.dv or call.dtype == "float32":
+        return False
+    if call.offset == "data" and (layout.offset or layout.at not in (0, call.j - call.i)):
+        return False  # other numbers are data in JAX
+    seen = call.i  # by queries, a key
+    if call.left is not None and call.right is not None:
+        seen = min(seen, call.left + call.right + 1)
+    elif call.left is not None or call.right is not None:
+        seen //= 2
+    few = call.b * call.hk * _cdiv(call.j, LONG_KEYS.keys) < LONG_KEYS_TILES
+    if few or call.j < LONG_KEYS.keys or seen < LONG_KEYS_SEEN[call.d]:
+        return False
+    others = (call.mask, call.bias, call.softcap)
+    return all(x is None for x in others) and not (call.segments or call.q_lengths or call.kv_lengths or call.dropout)
+
+
+def _long_keys(call: Call, shared: _Shared, dout: Strides) -> Launch:
+    at, left, right, *_ = shared.rest
+    low, high = (max(-FAR, min(FAR, x)) for x in (at - left, at + right))
+    (q, k, v), size, group = shared.layout[:3], LONG_KEYS, call.h // call.hk
+    heads, blocks, most = call.b * call.hk, _cdiv(call.j, size.keys), _cdiv(call.i, size.queries)
+    costs = []
+    for n in range(blocks):
+        start = 0 if call.right is None else max(0, n * size.keys - high) // size.queries
+        stop = most if call.left is None else min(most, _cdiv(max(0, (n + 1) * size.keys - low), size.queries))
+        costs.append(2 + group * max(1, stop - start))  # to begin and to end is as much as two blocks
+    programs, together = _shares(heads, costs)
+    return Launch(
+        "long_key_gradients", (programs, 1, 1), ("q", "k", "v", "dout", "known"),
+        (heads, call.h, call.i, call.j, blocks, together, low, high, shared.factor, call.scale),
+        (Output("dk", shared.shape(call.hk, call.j, call.d), call.dtype),
+         Output("dv", shared.shape(call.hk, call.j, call.d), call.dtype)),
+        {"GROUP": group, "D": call.d, "STAGES": size.stages, "QB": min(q[0], 1), "QH": min(q[1], 1),
+         "KB": min(k[0], 1), "KH": min(k[1], 1), "VB": min(v[0], 1), "VH": min(v[1], 1), "DOB": min(dout[0], 1),
+         "DOH": min(dout[1], 1), "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None},
+        size.warps, 1, "keys",
+        {"q": _blocks(call, q, call.h, call.i, size.queries), "k": _blocks(call, k, call.hk, call.j, size.keys // 2),
+         "v": _blocks(call, v, call.hk, call.j, size.keys // 2),
+         "dout": _blocks(call, dout, call.h, call.i, size.queries),
+         "known": Blocks((call.b * call.h, shared.rows, 4), (4 * shared.rows, 4, 1), (1, size.queries, 4))},
+    )  # fmt: skip
+
+
+def _shares(heads: int, costs: list[int]) -> tuple[int, int]:
+    """How many programs go over the tiles of so many heads, and of how many heads the first tiles come first, so that
+    no program has much more than others: costs, of the tiles of one head. Few heads, where that is as good: what they
+    read is in the L2 cache.
+    """
+    tiles = heads * len(costs)
+    fewest = _cdiv(tiles, _cdiv(tiles, PERSISTENT))  # with as many turns
+    if tiles <= PERSISTENT or tiles > MANY_TILES or min(costs) == max(costs):
+        return fewest, 1
+    found = {}
+    for together in (n for n in TOGETHER if n <= heads):
+        runs = (min(together, heads - first) for first in range(0, heads, together))
+        order = [cost for run in runs for cost in costs for _ in range(run)]
+        for programs in (fewest, PERSISTENT):
+            shares = [0] * programs
+            for turn, n in enumerate(range(0, tiles, programs)):
+                for at, cost in enumerate(order[n : n + programs]):
+                    shares[programs - 1 - at if turn % 2 else at] += cost
+            found[programs, together] = max(shares)
+    least = min(found.values())
+    return next(each for each, share in found.items() if share <= 1.01 * least)
+
+
 def _blocks(call: Call, strides: Strides, heads: int, length: int, block: int) -> Blocks:
     """Rows as a descriptor has them: of items or heads that are one in memory one, for no stride may be 0."""
     sizes = [1 if stride == 0 else size for size, stride in zip((call.b, heads), strides, strict=False)]
@@ -509,11 +581,13 @@ class Plan(NamedTuple):
         backward: takes all those, "dout" and "dlse", and gives "dq", "dk", "dv", and "dbias" and "dsinks" where asked
             for; a function of the strides of dout, and of whether dbias is wanted, whether there is a dlse, and whether
             it is given the bounds.
+        aligned: whether rows of q, k and v, and on the way back those of dout, must begin at multiples of 16 bytes.
     """
 
     forward: tuple[Launch, ...]
     bounds: tuple[str, ...]
     backward: Callable[[Strides, bool, bool, bool], tuple[Launch, ...]]
+    aligned: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -574,7 +648,8 @@ def plan(call: Call, layout: Layout) -> Plan:
         return *found, *_backward(call, layout, ahead, shared, dout, wants_bias, has_dlse)
 
     made = {output.name for launch in launches for output in launch.outputs}
-    return Plan(tuple(launches), tuple(name for name in bounds if name in made), backward)
+    aligned = any(launch.gluon for launch in launches) or _takes_long_keys(call, layout)
+    return Plan(tuple(launches), tuple(name for name in bounds if name in made), backward, aligned)
 
 
 class _Shared:
@@ -766,7 +841,10 @@ def _backward(
             constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages, "gradients",
         ))  # fmt: skip
     unused = Output("unused", (1,), call.dtype, False)
-    for kernel, keys, values in _key_passes(call):
+    long = _takes_long_keys(call, layout)
+    if long:
+        launches.append(_long_keys(call, shared, dout))
+    for kernel, keys, values in () if long else _key_passes(call):
         size = tile(kernel, call, layout.capability)
         constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths) | more
         launches.append(Launch(

@@ -1,0 +1,322 @@
+"""dk and dv of long rows on compute capability 9.0, in Gluon: the same for torch and JAX.
+
+Two groups of four warps have 64 keys each; one more warp loads queries and dout, a block at a time, for both. Keys are
+the rows of all products, so that weights, and what dk takes of them, are in registers where the next product reads
+them. A group asks at once for the products of its keys with a block of queries, for dk of the block before, and for the
+products of its values with dout. While the last two run it makes the exponentials, and while dv is summed what dk will
+take. A program stays, and goes over its share of the keys of all heads: the next keys are loaded while the results of
+the last ones are stored.
+
+Blocks of queries that position cuts are looked at one by one, the others are not (as in `attention`). Sums are of 16
+queries at a time, in their order, as `gradients.key_gradients` makes them.
+
+References:
+    Shah, Bikshandi, Zhang, Thakkar, Ramani, Dao: FlashAttention-3 (2024), whose roles of warps and layouts these are.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from attend_shared.kernels.narrow import BFLOAT16, BOTH, FLOAT16, _tiles
+from attend_shared.kernels.visits import _blocks, _blocks_up, _clip
+
+NOTHING = gl.constexpr(float("-inf"))
+ROWS = gl.constexpr(64)  # keys of a group of warps
+GROUPS = gl.constexpr(2)
+BM = gl.constexpr(64)  # queries of a block
+
+
+@gluon.jit
+def _tile(k, N, blocks, together):
+    """The k-th tile of a program: its item and head of keys in one number, and its block of keys.
+
+    Of so many heads together the first keys, which causal lets most queries see, come first.
+    """
+    programs, me = gl.num_programs(0), gl.program_id(0)
+    at = k * programs + gl.where(k % 2 == 0, me, programs - 1 - me)
+    before = at // (together * blocks) * together
+    heads = gl.minimum(together, N - before)
+    at -= before * blocks
+    return before + at % heads, at // heads
+
+
+@gluon.jit
+def _seen_by(block, I, low, high, KEYS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Where the blocks of queries that see a block of so many keys begin, are whole, end being whole, and end."""
+    first = block * KEYS
+    most = (I + BM - 1) // BM
+    start, whole_from, whole_to, stop = I * 0, I * 0, most, most
+    if RIGHT:
+        start = _blocks(first - high, BM)
+        whole_from = _blocks_up(first + KEYS - 1 - high, BM)
+    if LEFT:
+        stop = gl.minimum(stop, _blocks_up(first + KEYS - low, BM))
+        whole_to = gl.minimum(whole_to, _blocks(first - low + 1, BM))
+    return _clip(start, whole_from, whole_to, stop, most)
+
+
+@gluon.jit
+def _loaded(block, I, low, high, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """From which to behind which block of queries is loaded for a tile: one at least."""
+    start, _, _, stop = _seen_by(block, I, low, high, GROUPS * ROWS, LEFT, RIGHT)
+    start = gl.minimum(start, (I + BM - 1) // BM - 1)
+    return start, gl.maximum(stop, start + 1)
+
+
+@gluon.jit
+def _load(
+    q, k, v, dout, known, N, H, I, blocks, together, low, high, keys_of, values_of, queries_of, outs_of, known_of,
+    kv_loaded, kv_done, loaded, done, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, QB: gl.constexpr,
+    QH: gl.constexpr, KB: gl.constexpr, KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr, DOB: gl.constexpr,
+    DOH: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """Of each tile keys and values; then block after block of queries, dout and what is known of their rows."""
+    HK = H // GROUP
+    count = 0
+    for tile in range(_tiles(blocks, N)):
+        n, block = _tile(tile, N, blocks, together)
+        b, hk, first = n // HK, n % HK, block * (GROUPS * ROWS)
+        start, stop = _loaded(block, I, low, high, LEFT, RIGHT)
+        bar = kv_loaded.index(0)
+        mbarrier.wait(kv_done.index(0), tile & 1 ^ 1)
+        mbarrier.expect(bar, 2 * GROUPS * ROWS * D * 2)
+        for group in gl.static_range(GROUPS):
+            at_k, at_v = [b * KB, hk * KH, first + group * ROWS, 0], [b * VB, hk * VH, first + group * ROWS, 0]
+            tma.async_copy_global_to_shared(k, at_k, bar, keys_of.index(group))
+            tma.async_copy_global_to_shared(v, at_v, bar, values_of.index(group))
+        for member in range(GROUP):
+            h = hk * GROUP + member
+            for turn in range(start, stop):
+                at = count % STAGES
+                bar = loaded.index(at)
+                mbarrier.wait(done.index(at), (count // STAGES) & 1 ^ 1)
+                mbarrier.expect(bar, 2 * BM * D * 2 + BM * 16)
+                tma.async_copy_global_to_shared(q, [b * QB, h * QH, turn * BM, 0], bar, queries_of.index(at))
+                tma.async_copy_global_to_shared(known, [b * H + h, turn * BM, 0], bar, known_of.index(at))
+                tma.async_copy_global_to_shared(dout, [b * DOB, h * DOH, turn * BM, 0], bar, outs_of.index(at))
+                count += 1
+
+
+@gluon.jit
+def _give_back(count, number, loaded, done, STAGES: gl.constexpr):
+    """Let so many blocks go unread: those that only the other group sees."""
+    for n in range(count, count + number):
+        mbarrier.wait(loaded.index(n % STAGES), (n // STAGES) & 1)
+        mbarrier.arrive(done.index(n % STAGES), count=1)
+
+
+@gluon.jit
+def _masked(s, cut, begin, least, most, LOGITS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+    """Products, of a block that is cut -inf where position says so.
+
+    Of a query's place, the bits by which the lanes of a warp differ change sides, as in `hopper`.
+    """
+    if cut:
+        columns = gl.arange(0, BM, gl.SliceLayout(0, LOGITS))
+        of_lane, place = begin + (columns & 6)[None, :], (columns & -7)[None, :]
+        if RIGHT:
+            s = gl.where(place >= least[:, None] - of_lane, s, NOTHING)
+        if LEFT:
+            s = gl.where(place <= most[:, None] - of_lane, s, NOTHING)
+    return s
+
+
+@gluon.jit
+def _of_rows(known, WHICH: gl.constexpr, LOGITS: gl.constexpr):
+    """top (0) or slope (1) of a block of queries: both at once would take registers that there are not."""
+    COLUMN: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [8, 0], [16, 0], [32, 0]], [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 0]], [], [BM, 1]
+    )
+    x = known.reshape((BM, 4)).slice(WHICH, 1, dim=1).load(COLUMN).reshape((BM,))
+    return gl.convert_layout(x, gl.SliceLayout(0, LOGITS), assert_trivial=True)
+
+
+@gluon.jit
+def _words(x, dtype: gl.constexpr):
+    """Rounded, two in a word: the compiler would carry them unrounded to the turn that multiplies them."""
+    low, up = x.reshape((ROWS, BM // 2, 2)).split()
+    return gl.inline_asm_elementwise(
+        BFLOAT16 if dtype == gl.bfloat16 else FLOAT16, "=r,f,f", [low, up], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _summed(words, block, acc, dtype: gl.constexpr, D: gl.constexpr):
+    """Ask for the sum of a block's rows, by such words."""
+    if dtype == gl.bfloat16:
+        low, up = gl.inline_asm_elementwise(
+            BOTH, "=h,=h,r", [words], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
+        )
+    else:
+        low, up = gl.inline_asm_elementwise(
+            BOTH, "=h,=h,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+        )
+    operand = gl.convert_layout(gl.join(low, up).reshape((ROWS, BM)), gl.DotOperandLayout(0, acc.type.layout, 2))
+    return warpgroup_mma(operand, block.reshape((BM, D)), acc, is_async=True)
+
+
+@gluon.jit
+def _products(rows, block, LOGITS: gl.constexpr, D: gl.constexpr):
+    """Ask for the products of keys or values with a block."""
+    zeros = gl.zeros((ROWS, BM), gl.float32, LOGITS)
+    return warpgroup_mma(rows, block.reshape((BM, D)).permute((1, 0)), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _turn(
+    count, begin, cut, keys, values, queries_of, outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor,
+    dtype: gl.constexpr, LOGITS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, FIRST: gl.constexpr,
+):  # fmt: skip
+    """dk of the block before (not FIRST), and all but dk of the block with this count, which begins at a query."""
+    at, before = count % STAGES, (count + STAGES - 1) % STAGES
+    mbarrier.wait(loaded.index(at), (count // STAGES) & 1)
+    s = _products(keys, queries_of.index(at), LOGITS, D)
+    if not FIRST:
+        dk = _summed(ds, queries_of.index(before), dk, dtype, D)
+    dp = _products(values, outs_of.index(at), LOGITS, D)
+    s = warpgroup_mma_wait(1 if FIRST else 2, deps=(s,))
+    m = _of_rows(known_of.index(at), 0, LOGITS)
+    if LEFT or RIGHT:
+        s = _masked(s, cut, begin, least, most, LOGITS, LEFT, RIGHT)
+    p = gl.exp2(s * factor - m[None, :])
+    weights = _words(p, dtype)
+    dv = _summed(weights, outs_of.index(at), dv, dtype, D)
+    if FIRST:
+        dp = warpgroup_mma_wait(1, deps=(dp,))
+    else:
+        dp, dk, ds = warpgroup_mma_wait(1, deps=(dp, dk, ds))
+        mbarrier.arrive(done.index(before), count=1)
+    slope = _of_rows(known_of.index(at), 1, LOGITS)
+    ds = _words(p * (dp - slope[None, :]), dtype)
+    dv, weights = warpgroup_mma_wait(0, deps=(dv, weights))  # ptxas would serialise what runs on
+    return dk, dv, ds
+
+
+@gluon.jit
+def _sum(
+    WHICH: gl.constexpr, keys_of, values_of, queries_of, outs_of, known_of, kv_loaded, kv_done, loaded, done, N, H, I,
+    J, blocks, together, low, high, factor, scale, dk_of, dv_of, GROUP: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """dk and dv of 64 keys of each tile."""
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    dtype: gl.constexpr = dk_of.dtype.element_ty
+    ROOM: gl.constexpr = D < 128  # in the registers
+    OWN: gl.constexpr = ROOM and (LEFT or RIGHT)
+    HK = H // GROUP
+    count = 0  # of blocks so far
+    for tile in range(_tiles(blocks, N)):
+        n, block = _tile(tile, N, blocks, together)
+        start, stop = _loaded(block, I, low, high, LEFT, RIGHT)
+        if OWN:  # without what only the other group sees
+            begin, whole_from, whole_to, end = _seen_by(block * GROUPS + WHICH, I, low, high, ROWS, LEFT, RIGHT)
+            seen = begin < end
+            begin = gl.minimum(begin, stop - 1)
+            end = gl.maximum(end, begin + 1)
+        else:
+            begin, whole_from, whole_to, end = _seen_by(block, I, low, high, GROUPS * ROWS, LEFT, RIGHT)
+            seen = begin < end
+            begin, end = start, stop
+        first = (block * GROUPS + WHICH) * ROWS
+        rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
+        least, most = rows - high, rows - low
+        dk = gl.zeros((ROWS, D), gl.float32, SUMS)
+        dv = gl.zeros((ROWS, D), gl.float32, SUMS)
+        keys = keys_of.index(WHICH).reshape((ROWS, D))
+        values = values_of.index(WHICH).reshape((ROWS, D))
+        mbarrier.wait(kv_loaded.index(0), tile & 1)
+        if ROOM:
+            keys = keys.load(gl.DotOperandLayout(0, LOGITS, 2))
+            values = values.load(gl.DotOperandLayout(0, LOGITS, 2))
+        for _ in range(GROUP):
+            if OWN:
+                _give_back(count, begin - start, loaded, done, STAGES)
+            ds = _words(gl.zeros((ROWS, BM), gl.float32, LOGITS), dtype)
+            behind = count - start
+            dk, dv, ds = _turn(
+                behind + begin, begin * BM, (begin < whole_from) | (begin >= whole_to), keys, values, queries_of,
+                outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES, LEFT,
+                RIGHT, True,
+            )  # fmt: skip
+            for turn in range(begin + 1, end):
+                dk, dv, ds = _turn(
+                    behind + turn, turn * BM, (turn < whole_from) | (turn >= whole_to), keys, values, queries_of,
+                    outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES, LEFT,
+                    RIGHT, False,
+                )  # fmt: skip
+            at = (behind + end - 1) % STAGES
+            dk = _summed(ds, queries_of.index(at), dk, dtype, D)
+            dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
+            mbarrier.arrive(done.index(at), count=1)
+            if OWN:
+                _give_back(behind + end, stop - end, loaded, done, STAGES)
+            count += stop - start
+        mbarrier.arrive(kv_done.index(0), count=1)
+
+        places = first + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+        here = (places < J)[:, None]
+        if BNHD:
+            starts = ((n // HK).to(gl.int64) * J + places) * HK + n % HK
+        else:
+            starts = n.to(gl.int64) * J + places
+        offsets = starts[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
+        if LEFT or RIGHT:  # what none sees gets nothing, not even what a NaN left
+            dk = gl.where(seen, dk, 0.0)
+            dv = gl.where(seen, dv, 0.0)
+        gl.store(dk_of + offsets, (dk * scale).to(dtype), mask=here)
+        gl.store(dv_of + offsets, dv.to(dtype), mask=here)
+
+
+@gluon.jit
+def long_key_gradients(
+    q, k, v, dout, known, N, H, I, J, blocks, together, low, high, factor, scale, dk, dv,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, QB: gl.constexpr, QH: gl.constexpr, KB: gl.constexpr,
+    KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr, DOB: gl.constexpr, DOH: gl.constexpr, BNHD: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr,
+):  # fmt: skip
+    """dk and dv, as `gradients.key_gradients` makes them.
+
+    q, k, v, dout: descriptors of (b, h or hk, I or J, D), which load 64 rows of a head; known: of (b h, P, 4).
+    N: items times heads of keys. blocks: of keys, in J. together: of how many heads the first keys come first.
+    low, high: key j is seen by query t where low <= j - t (LEFT), and j - t <= high (RIGHT).
+    QB, QH, KB, KH, VB, VH, DOB, DOH: 1, or 0 where all items or heads have the same.
+    """
+    dtype: gl.constexpr = q.dtype
+    keys_of = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], k.layout)
+    values_of = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], v.layout)
+    queries_of = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], q.layout)
+    outs_of = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], dout.layout)
+    known_of = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM, 4], known.layout)
+    # each an allocation of its own, as in `narrow`
+    kv_loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    kv_done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    loaded = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_loaded.index(0), count=1)
+    mbarrier.init(kv_done.index(0), count=GROUPS)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(loaded.index(stage), count=1)
+        mbarrier.init(done.index(stage), count=GROUPS)
+    gl.warp_specialize(
+        [
+            (_sum, (
+                gl.constexpr(0), keys_of, values_of, queries_of, outs_of, known_of, kv_loaded, kv_done, loaded, done,
+                N, H, I, J, blocks, together, low, high, factor, scale, dk, dv, GROUP, D, STAGES, BNHD, LEFT, RIGHT,
+            )),
+            (_sum, (
+                gl.constexpr(1), keys_of, values_of, queries_of, outs_of, known_of, kv_loaded, kv_done, loaded, done,
+                N, H, I, J, blocks, together, low, high, factor, scale, dk, dv, GROUP, D, STAGES, BNHD, LEFT, RIGHT,
+            )),
+            (_load, (
+                q, k, v, dout, known, N, H, I, blocks, together, low, high, keys_of, values_of, queries_of, outs_of,
+                known_of, kv_loaded, kv_done, loaded, done, GROUP, D, STAGES, QB, QH, KB, KH, VB, VH, DOB, DOH, LEFT,
+                RIGHT,
+            )),
+        ],
+        [4, 1], [240, 24],
+    )  # fmt: skip
