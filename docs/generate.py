@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
 import numpy as np
@@ -98,8 +99,10 @@ def call(framework: str, platform: str, feature: Feature, flash: bool | None = N
     return call_of(framework, platform, {**_qkv(), **feature.arguments, "flash": flash})
 
 
+@mock.patch("attend_jax.implementations.triton.unavailable", lambda: None)
+@mock.patch("attend_torch.implementations.triton.missing", lambda: None)
 def cell(entry: Entry, framework: str, platform: str, feature: Feature, reasons: list[str]) -> str:
-    """"fused", "yes", or the numbers of the reasons why not."""
+    """"fused", "yes", or the numbers of the reasons why not, where everything is installed."""
     asked = call(framework, platform, feature)
     if asked.custom and not entry.custom:
         reason = NO_FUNCTIONS

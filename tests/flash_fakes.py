@@ -22,6 +22,7 @@ import torch
 from attend_shared import cases
 from attend_shared.cases import Case
 from attend_shared.factors import FACTORS, SIZES
+from attend_shared.kernels import of_sinks
 
 HAVE_NOT = {  # levels of factors, which the list of cases below is without
     "sinks": ("sinks_float32", "sinks_other"), "dropout": ("dropout_tenth", "dropout_half", "dropout_most"),
@@ -32,11 +33,13 @@ HAVE_NONE = ("mask", "bias", "segments", "score_fn", "mask_fn")  # factors, of w
 GARBAGE = float("nan")  # what lies in memory that was not written
 
 
-def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The packages, as if they were installed, and no GPU were needed."""
+def install(monkeypatch: pytest.MonkeyPatch, interpreted: bool = False) -> None:
+    """The packages, as if they were installed, and no GPU were needed; interpreted: our own kernels run as they are."""
     from attend_jax.implementations import fa3
     from attend_jax.implementations import fa4 as jax_fa4
+    from attend_jax.implementations import triton as jax_triton
     from attend_torch.implementations import fa4 as torch_fa4
+    from attend_torch.implementations import triton as torch_triton
 
     interface = ModuleType("flash_attn.cute.interface")
     vars(interface).update(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
@@ -50,6 +53,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     vars(dew_flash_attn).update(_forward3=_forward3, _backward3=_backward3)
     for module in (flash_attn, cute, interface, fa4_jax, attention, dew_flash_attn):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    if not interpreted:
+        monkeypatch.setattr(of_sinks, "launches", lambda *given: given)
+        monkeypatch.setattr(torch_fa4, "_kernels", lambda *given: given)
+        monkeypatch.setattr(torch_triton, "run", _of_sinks)
+        monkeypatch.setattr(jax_triton, "run", _of_sinks)
+    monkeypatch.setattr(jax_triton, "unavailable", lambda: None)
     for ours in (torch_fa4, jax_fa4, fa3):
         refusal = ours.refusal
         monkeypatch.setattr(ours, "unavailable", lambda: None)
@@ -178,6 +187,7 @@ def _flash_attn_bwd(
 ) -> tuple:  # fmt: skip
     assert out.shape == dout.shape
     assert isinstance(deterministic, bool)
+    assert learnable_sink is None  # its gradient of sinks is not asked for
     if cu_seqlens_q is not None:
         assert cu_seqlens_k is cu_seqlens_q
         assert lse.shape == (q.shape[1], len(q))
@@ -185,12 +195,11 @@ def _flash_attn_bwd(
         found = [
             _flash_attn_bwd(
                 *(x[at][None] for x in (q, k, v, out, dout)), lse[None, :, at], *options,
-                None if dlse is None else dlse[None, :, at], learnable_sink,
+                None if dlse is None else dlse[None, :, at], None,
             )
             for at in _packed(cu_seqlens_q, len(q))
         ]  # fmt: skip
-        gradients = [torch.cat([each[n][0] for each in found]) for n in range(3)]
-        return (*gradients, *([] if learnable_sink is None else [sum(each[3] for each in found)]))
+        return tuple(torch.cat([each[n][0] for each in found]) for n in range(3))
     dtype, hk = q.dtype, k.shape[2]
     q, k, v = _wide(q, k, v)
     s, slope, written = _logits(
@@ -209,11 +218,59 @@ def _flash_attn_bwd(
         keys = (torch.arange(k.shape[1]) < seqused_k[:, None])[:, :, None, None]
         dk, dv = torch.where(keys, dk, GARBAGE), torch.where(keys, dv, GARBAGE)
     dk, dv = (x.unflatten(2, (hk, -1)).sum(3) for x in (dk, dv))
-    gradients = dq.to(dtype), dk.to(dtype), dv.to(dtype)
-    if learnable_sink is None:
-        return gradients
-    weight = torch.where(lse == -torch.inf, 1, torch.exp(learnable_sink.double()[:, None] - lse)) * rows
-    return *gradients, -(weight * delta).sum((0, 2)).to(learnable_sink.dtype)
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+# Our own kernels of `attend_shared.kernels.sinks`, which tests/interpreter.py runs: here with every row made anew.
+
+
+def _of_sinks(launches: tuple, known: dict[str, Any]) -> None:
+    rows, *strides = launches
+    is_torch = isinstance(known["q"], torch.Tensor)
+    xp, full = (np, {}) if is_torch else (jnp, {"precision": "highest"})
+
+    def read(name: str, of: tuple[int, ...] | None = None) -> Any:
+        x = known[name]
+        if is_torch:
+            assert of in (None, x.stride()[:3])
+            assert of or x.is_contiguous()
+            return x.detach().double().numpy() if x.is_floating_point() else x.numpy()
+        if of:
+            assert of == (x.shape[1] * x.shape[2] * x.shape[3], x.shape[3], x.shape[2] * x.shape[3])
+            x = x.swapaxes(1, 2)
+        return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    q, k, v, out, dout = (read(name, of) for name, of in zip(("q", "k", "v", "out", "dout"), strides, strict=True))
+    assert out.shape == dout.shape == q.shape == (rows.b, rows.h, rows.i, rows.d)
+    assert k.shape == v.shape == (rows.b, rows.hk, rows.j, rows.d)
+    k, v = (xp.repeat(x, rows.h // rows.hk, 1) for x in (k, v))
+    lse, sinks = read("lse"), read("sinks")[:, None]
+    i_end = read("q_lengths")[:, None, None] if rows.q_lengths else rows.i
+    j_end = (read("kv_lengths") if rows.kv_lengths else xp.full(rows.b, rows.j))[:, None, None, None]
+    query, key = xp.arange(rows.i)[:, None], xp.arange(rows.j)
+    at = query + j_end - (i_end[..., None] if rows.q_lengths else i_end)
+    may = xp.broadcast_to(key < j_end, (rows.b, 1, rows.i, rows.j))
+    if rows.starts:
+        starts = read("starts")
+        assert starts.shape == (rows.starts,)
+        run = xp.searchsorted(starts, xp.arange(rows.i), side="right")
+        at, may = query, may & (run[:, None] == run)
+    if rows.left is not None:
+        may = may & (key >= at - rows.left)
+    if rows.right is not None:
+        may = may & (key <= at + rows.right)
+    s = rows.scale * xp.matmul(q, k.swapaxes(2, 3), **full)
+    if rows.softcap is not None:
+        s = rows.softcap * xp.tanh(s / rows.softcap)
+    alive = xp.broadcast_to(xp.arange(rows.i) < i_end, lse.shape) & (lse != -math.inf)
+    lse = xp.where(alive, lse, math.inf)
+    p = xp.exp(xp.where(may, s - lse[..., None], -math.inf))
+    dp = xp.matmul(xp.where(alive[..., None], dout, 0), xp.nan_to_num(v).swapaxes(2, 3), **full)
+    delta = xp.where(p > 0, p * dp, 0).sum(3)
+    if rows.dlse:
+        delta -= xp.where(alive, read("dlse"), 0)
+    found = -xp.where(sinks == -math.inf, 0, xp.exp(sinks - lse) * delta).sum((0, 2))
+    known["dsinks"] = torch.tensor(np.asarray(found)).to(known["sinks"]) if is_torch else found.astype(rows.sinks)
 
 
 # fa4-jax: the same, and packed (items after one another), where rows that are not used are defined as 0.

@@ -20,14 +20,14 @@ import attend_jax
 import attend_jax.bridge
 import flash_fakes
 from attend_jax.arrays import SHAPES
-from attend_jax.implementations import fa3
+from attend_jax.implementations import fa3, triton
 from attend_shared import compare, flash
 from attend_shared.call import Arrays, Call, check
 
 INSTALL = 'pip install "attend-twin[fa3-jax]"'
 ALL = {"dew-flash-attn-cu13": "0.3.6", "jax": "0.11.2", "jax-cuda13-plugin": "0.11.2"}
 OFFSET = "it aligns causal and window with the last key, so q_offset must be the number 0 or kv_len - q_len"
-SINKS = "its gradient of sinks is made of an out that is rounded, which is too coarse"
+SINKS = "its gradient of sinks is made of an out that is rounded to bfloat16, too coarse for"
 NOT_LOOKED = "it takes segments that lie one after the other, and whether these do was not looked at"
 WIDE = "it counts the numbers of an item in 32 bits, which these exceed"
 
@@ -78,8 +78,9 @@ ONE_ITEM = {name: shape(1, 4, 96, 64) for name in "qkv"} | {"q_segment_ids": sha
         ({"q_lengths": LENGTHS}, "it has no lengths"),
         ({"dropout": 0.1, "dropout_seed": 0}, "it has no dropout"),
         ({"softcap": 30.0}, "it has no softcap"),
-        ({"sinks": shape(4)}, SINKS),
-        ({"sinks": shape(4, dtype=jnp.float32)}, SINKS),
+        ({"sinks": shape(4)}, None),
+        ({"sinks": shape(4, dtype=jnp.float32)}, f"{SINKS} float32"),
+        ({"sinks": shape(4, dtype=jnp.float16)}, f"{SINKS} float16"),
         ({"return_lse": True}, "it has no differentiable lse"),
         ({"scale": 0.0}, "it looks for the largest logit before it scales, which takes a scale > 0"),
         ({"scale": -1.0}, "it looks for the largest logit before it scales, which takes a scale > 0"),
@@ -87,10 +88,17 @@ ONE_ITEM = {name: shape(1, 4, 96, 64) for name in "qkv"} | {"q_segment_ids": sha
         ({"is_causal": True, "q_offset": LENGTHS}, OFFSET),
     ],
 )  # fmt: skip
-def test_what_is_refused(options: dict[str, Any], words: str | None) -> None:
+def test_what_is_refused(options: dict[str, Any], words: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
     call = call_of(**options)
     assert fa3.refusal(call) == words
     assert fa3.refusal(call._replace(platform="cpu")) == "it runs on an NVIDIA GPU"
+
+
+def test_sinks_take_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "unavailable", lambda: "it needs what is not here")
+    words = "its gradient of sinks is made by Triton's kernels: it needs what is not here"
+    assert [fa3.refusal(call_of(**options)) for options in ({"sinks": shape(4)}, {})] == [words, None]
 
 
 @pytest.mark.parametrize(("count", "words"), [(65535, WIDE), (65536, "it takes up to 65535 segments"), (4095, None)])
@@ -207,7 +215,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_right_wherever_it_serves(fakes: None) -> None:
-    for case in flash_fakes.some(4, "lse", "softcap", "lengths", "sinks")[3:]:
+    for case in flash_fakes.some(4, "lse", "softcap", "lengths")[3:]:
         problem = case.build()
         compare.check(attend_jax.bridge.evaluate(problem, "fa3"), problem)
 
@@ -220,6 +228,27 @@ def evaluated(name: str, i: int, j: int, **options: Any) -> tuple[np.ndarray, ..
     inputs = draw(2, 4, i, 16), draw(2, 2, j, 16, seed=1), draw(2, 2, j, 8, seed=2)
     out, pull = jax.vjp(lambda *x: attend_jax.attend(*x, implementation=name, **options), *inputs)
     return tuple(np.asarray(x, np.float32) for x in (out, *pull(draw(*out.shape, seed=3))))
+
+
+@pytest.mark.parametrize("segments", [False, True])
+def test_sinks(fakes: None, segments: bool) -> None:
+    """Which the kernels have not: at any distance from the logits, -inf as well, and in packed sequences."""
+    ids = np.array([[2, 2, 2, 0, 0, 1, 1, 1, 1]]) if segments else None
+
+    def evaluated(name: str, dtype: Any) -> tuple[np.ndarray, ...]:
+        inputs = [draw(1, h, 9, 16, seed=n).astype(dtype) for n, h in enumerate((4, 2, 2, 4))]
+        sinks = jnp.array([0.5, -jnp.inf, 40.0, -30.0], dtype)
+        out, pull = jax.vjp(
+            lambda q, k, v, sinks: attend_jax.attend(
+                q, k, v, sinks=sinks, is_causal=True, q_segment_ids=ids, kv_segment_ids=ids, implementation=name
+            ), *inputs[:3], sinks,
+        )  # fmt: skip
+        return tuple(np.asarray(x, np.float64) for x in (out, *pull(inputs[3])))
+
+    ours, theirs = evaluated("fa3", jnp.bfloat16), evaluated("einsum", jnp.float32)
+    for mine, its in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, its, atol=0.02, rtol=0.02)
+    assert (ours[-1][1], ours[-1][2] != 0, abs(ours[-1][3]) > 0) == (0, True, True)
 
 
 @pytest.mark.parametrize(

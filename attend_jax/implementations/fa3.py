@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from attend_jax.arrays import varying
-from attend_jax.implementations import einsum
+from attend_jax.implementations import einsum, triton
 from attend_jax.implementations.blockwise import Floats
 from attend_jax.implementations.fa4 import back, laid, no_device, padded
 from attend_jax.implementations.triton import batching
 from attend_shared import flash
 from attend_shared.call import Arrays, Call
+from attend_shared.kernels import of_sinks
 
 Array = jax.Array
 PACKAGE = flash.DEW_FLASH_ATTN
@@ -32,7 +33,7 @@ def refusal(call: Call) -> str | None:
     """Why the kernels cannot serve this call, or None."""
     if call.platform != "cuda":
         return "it runs on an NVIDIA GPU"
-    return flash.refusal(call, PACKAGE)
+    return flash.refusal(call, PACKAGE, triton.unavailable)
 
 
 def attend(call: Call, arrays: Arrays) -> tuple[Array, None]:
@@ -46,7 +47,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, None]:
     size = flash.size(call, PACKAGE)
     q, k, v = (padded(x, size) for x in (arrays.q[:, :, rows], arrays.k[:, :, :keys], arrays.v[:, :, :keys]))
     seen = call._replace(i=rows.stop - rows.start, j=keys)
-    out = _attend(seen, Floats(q, k, v, None, None), arrays.q_segment_ids)[..., : call.dv]
+    out = _attend(seen, Floats(q, k, v, None, arrays.sinks), arrays.q_segment_ids)[..., : call.dv]
     before, behind = rows.start, call.i - rows.stop
     return (jnp.pad(out, ((0, 0), (0, 0), (before, behind), (0, 0))) if before or behind else out), None
 
@@ -82,20 +83,46 @@ def _asked(call: Call, starts: Array | None) -> tuple:
 
 
 def _forward(call: Call, arrays: Arrays) -> tuple[Array, ...]:
-    """out (b h i d) and lse (b h i)."""
+    """out (b h i d) and lse (b h i).
+
+    The kernels have no sinks: of what a row is without its sink, sigmoid(lse - sink) is left.
+    """
     from dew_flash_attn import _forward3
 
     given = (laid(x) if call.segments else x.swapaxes(1, 2) for x in arrays[:3])
     out, lse = _forward3(*given, *_asked(call, arrays.q_segment_ids))
     out, lse = (back(out), lse[None]) if call.segments else (out.swapaxes(1, 2), lse)
+    if call.sinks:
+        sinks = arrays.sinks.astype(jnp.float32)[:, None]
+        out = (jax.nn.sigmoid(lse - sinks)[..., None] * out.astype(jnp.float32)).astype(out.dtype)
+        lse = jnp.logaddexp(lse, sinks)
     return varying((out, lse), arrays.q)  # of which a kernel says nothing
 
 
 def _gradients(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array) -> tuple[Array | None, ...]:
-    """dq, dk, dv, and None for what has none."""
+    """dq, dk, dv; None, as there is no bias; and dsinks, or None.
+
+    The kernels make weights of an lse that has the sinks in it.
+    """
     from dew_flash_attn import _backward3
 
     given = (laid(x) if call.segments else x.swapaxes(1, 2) for x in (dout, *arrays[:3], out))
     found = _backward3(*given, lse[0] if call.segments else lse, *_asked(call, arrays.q_segment_ids))
     gradients = (back(x) if call.segments else x.swapaxes(1, 2) for x in found)
-    return varying((*gradients, None, None), arrays.q)
+    return varying((*gradients, None, _dsinks(call, arrays, out, lse, dout) if call.sinks else None), arrays.q)
+
+
+def _dsinks(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array) -> Array:
+    """-sum over rows of exp(sink - lse) * dout . out, of the rows that weigh most by an out that is not rounded."""
+    starts = arrays.q_segment_ids
+    rows = of_sinks.Rows(
+        call.b, call.h, call.hk, call.i, call.j, out.shape[3], *flash.window(call), call.scale, None, False, False,
+        False, 0 if starts is None else len(starts), str(arrays.sinks.dtype),
+    )  # fmt: skip
+    given = zip(("q", "k", "v", "out", "dout"), (*arrays[:3], out, dout), strict=True)
+    known = {name: x.swapaxes(1, 2) for name, x in given}  # as the package has them
+    strides = [(n * h * d, d, h * d) for _, n, h, d in (x.shape for x in known.values())]
+    launches = of_sinks.launches(rows, *strides)
+    known |= {"lse": lse, "sinks": arrays.sinks} | ({} if starts is None else {"starts": starts})
+    triton.run(launches, known)
+    return known["dsinks"]

@@ -188,7 +188,7 @@ def _pair_strides(x: Array | None) -> tuple[int, ...] | None:
     return tuple(0 if n == 1 else int(np.prod(sizes[axis:])) for axis, n in enumerate(x.shape))
 
 
-def _run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
+def run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
     """Run the launches in order, their outputs put among the arrays."""
     import jax_triton
 
@@ -211,7 +211,7 @@ def _run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
 def _forward(call: Call, arrays: Arrays) -> tuple[Array | None, ...]:
     """out (b h i dv), and the others of `SAVED`, None those bounds that the way back does not take."""
     plan, known = _prepare(call, arrays)
-    _run(plan.forward, known)
+    run(plan.forward, known)
     bounds = (known[name] if name in plan.bounds else None for name in plans.BOUNDS)
     return _turned(call, known["out"]), *(known[name] for name in SAVED[1 : -len(plans.BOUNDS)]), *bounds
 
@@ -224,6 +224,6 @@ def _gradients(
     known |= zip(SAVED, saved, strict=True)
     known |= {"out": _turned(call, saved[0]), "dout": _turned(call, dout), "dlse": dlse}
     strides = _strides(dout, call.layout == "bnhd")
-    _run(plan.backward(strides, call.bias is not None and wants_bias, True, bool(plan.bounds)), known)
+    run(plan.backward(strides, call.bias is not None and wants_bias, True, bool(plan.bounds)), known)
     gradients = [_turned(call, known[name]) for name in ("dq", "dk", "dv")]
     return *gradients, known.get("dbias"), known.get("dsinks")

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 
 from attend_shared import flash, meaning
 from attend_shared.call import Arrays, Call
+from attend_shared.kernels import of_sinks
 from attend_torch.arrays import hide, indices, is_traced, is_watched, needs_gradients
-from attend_torch.implementations import einsum, rowwise
+from attend_torch.implementations import einsum, rowwise, triton
 from attend_torch.machine import capability
 from attend_torch.tape import Tapes
 
@@ -45,7 +46,7 @@ def refusal(call: Call) -> str | None:
     """Why the kernels cannot serve this call, or None."""
     if call.platform != "cuda":
         return "it runs on an NVIDIA GPU"
-    return flash.refusal(call, PACKAGE)
+    return flash.refusal(call, PACKAGE, triton.missing)
 
 
 def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
@@ -130,7 +131,8 @@ class _Eager(torch.autograd.Function):
         inputs = ctx.saved_tensors
         if dout is None or torch.is_grad_enabled() or is_watched() or is_traced(dout):
             return None, *_way_back(ctx, inputs, dout, dlse)
-        return None, None, *_gradients((*inputs, dout, dlse), ctx.options, ctx.call), None, None, None
+        wants_sinks = ctx.needs_input_grad[2 + INPUTS.index("sinks")]
+        return None, None, *_gradients((*inputs, dout, dlse), ctx.options, ctx.call, wants_sinks), None, None, None
 
 
 class _Attend(torch.autograd.Function):
@@ -221,28 +223,58 @@ def _made(q: Tensor, v: Tensor, bnhd: bool) -> Tensor:
     return q.new_empty(b, i, h, v.shape[3]).transpose(1, 2) if bnhd else q.new_empty(b, h, i, v.shape[3])
 
 
-def _gradients(inputs: Sequence[Any], options: tuple, call: Call | None = None) -> tuple[Tensor | None, ...]:
-    """dq, dk, dv as q, k, v lie, and dsinks, or None. inputs: of `INPUTS`, then out, lse, dout, dlse."""
+def _gradients(
+    inputs: Sequence[Any], options: tuple, call: Call | None = None, wants_sinks: bool = True
+) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv as q, k, v lie, and dsinks, or None. inputs: of `INPUTS`, then out, lse, dout, dlse.
+
+    The package's own dsinks is made of the rounded out alone, which is too coarse where few rows count.
+    """
     starts, lse, dlse = inputs[6], inputs[8], inputs[10]
     if dlse is not None:  # that of an lse of -inf counts for nothing
         inputs = (*inputs[:10], torch.where(lse == -torch.inf, 0, dlse))
     deterministic = torch.are_deterministic_algorithms_enabled()
     alike = None if call is None else (call, deterministic, dlse is None, None if starts is None else starts.shape)
-    return _launched(_BACKWARD, _interface()._flash_attn_bwd, inputs, (*options, deterministic), alike)
+    without = (*inputs[:3], None, *inputs[4:])
+    found = _launched(_BACKWARD, _interface()._flash_attn_bwd, without, (*options, deterministic), alike)
+    return *found, _dsinks(inputs, options) if inputs[3] is not None and wants_sinks else None
+
+
+def _dsinks(inputs: Sequence[Any], options: tuple) -> Tensor:
+    """inputs: as in `_gradients`."""
+    q, k, v, sinks, q_used, kv_used, starts, out, lse, dout, dlse = inputs
+    left, right, scale, softcap, _ = options
+    known = {"q": q, "k": k, "v": v, "out": out, "dout": dout}
+    for name, x in known.items():
+        known[name] = x if x.stride(3) == 1 else x.contiguous()
+    strides = [x.stride()[:3] for x in known.values()]
+    b, h, i, d = q.shape
+    rows = of_sinks.Rows(
+        b, h, k.shape[1], i, k.shape[2], d, left, right, scale, softcap, q_used is not None, kv_used is not None,
+        dlse is not None, 0 if starts is None else len(starts), str(sinks.dtype).split(".")[1],
+    )  # fmt: skip
+    more = {"lse": lse, "dlse": dlse, "sinks": sinks, "q_lengths": q_used, "kv_lengths": kv_used, "starts": starts}
+    known |= {name: x.contiguous() for name, x in more.items() if x is not None}
+    triton.run(_kernels(rows, *strides), known)
+    return known["dsinks"]
+
+
+@lru_cache(maxsize=1024)
+def _kernels(rows: of_sinks.Rows, *strides: tuple[int, ...]) -> triton.Kernels:
+    return triton.ready(of_sinks.launches(rows, *strides))
 
 
 def _called_back(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor | None, ...]:
-    q, k, v, sinks, q_used, kv_used, starts, out, lse, dout, dlse = arrays
+    q, k, v, _, q_used, kv_used, starts, out, lse, dout, dlse = arrays
     left, right, scale, softcap, _, deterministic = options
     if starts is not None:
         lse, dlse = lse.squeeze(0), None if dlse is None else dlse.squeeze(0)
-    dq, dk, dv, *dsinks = function(
+    found = function(
         *(_laid(x, starts) for x in (q, k, v, out, dout)), lse, scale, softcap=softcap or 0.0, window_size_left=left,
         window_size_right=right, cu_seqlens_q=starts, cu_seqlens_k=starts, seqused_q=q_used, seqused_k=kv_used,
-        deterministic=deterministic, dlse=dlse, learnable_sink=None if sinks is None else sinks.detach(),
+        deterministic=deterministic, dlse=dlse, learnable_sink=None,
     )  # fmt: skip
-    found = ((x if starts is None else x.unsqueeze(0)).transpose(1, 2) for x in (dq, dk, dv))
-    return (*found, dsinks[0] if dsinks else None)
+    return tuple((x if starts is None else x.unsqueeze(0)).transpose(1, 2) for x in found)
 
 
 _BACKWARD = Tapes(_called_back)

@@ -35,10 +35,15 @@ def unavailable() -> str | None:
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in attend_torch.attend
 
 
+def missing() -> str | None:
+    """Why there are no Triton kernels at all, or None."""
+    return None if INSTALLED else 'it needs Triton: pip install "attend-twin[triton]"'
+
+
 @cache
 def _unavailable() -> str | None:
-    if not INSTALLED:
-        return 'it needs Triton: pip install "attend-twin[triton]"'
+    if without := missing():
+        return without
     if plans.INTERPRETED:
         return None
     if not torch.cuda.is_available():
@@ -416,6 +421,19 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     for name in plan.names:
         known[name] = getattr(arrays, name).contiguous()
     return plan, known
+
+
+Kernels = tuple[_Kernel, ...]
+
+
+def ready(launches: Sequence[Launch]) -> Kernels:
+    """Launches of another implementation, for `run`."""
+    return tuple(map(_Kernel, launches))
+
+
+def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
+    """Run what `ready` gave, in order; "q" among the arrays says on which device."""
+    _run(kernels, arrays)
 
 
 def _run(kernels: Sequence[_Kernel], arrays: dict[str, Tensor]) -> None:

@@ -6,6 +6,7 @@ FlashAttention-3's for JAX. Which calls they may have is decided here, once; a f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -65,8 +66,7 @@ FA4_JAX = Package(
 )  # fmt: skip
 # On GPUs of other generations it has FlashAttention-2, which nobody held against the contract.
 DEW_FLASH_ATTN = Package(
-    "dew-flash-attn-cu13", "0.3.6", "fa3-jax", (), ("dew_flash_attn",), False,
-    "its gradient of sinks is made of an out that is rounded, which is too coarse", False,
+    "dew-flash-attn-cu13", "0.3.6", "fa3-jax", (), ("dew_flash_attn",), False, None, False,
     least=(("jax", "0.11.2"), ("jax-cuda13-plugin", "0.11.2")), sizes=EIGHTS, lengths=False, wide=False,
 )  # fmt: skip
 
@@ -97,8 +97,12 @@ def wrong_device(capability: tuple[int, ...]) -> str | None:
     return f"it was proved on compute capability 9.0 (Hopper), and this GPU has {'.'.join(map(str, capability))}"
 
 
-def refusal(call: Call, package: Package) -> str | None:
-    """Why the package cannot serve this call, or None."""
+def refusal(call: Call, package: Package, kernels: Callable[[], str | None] = lambda: None) -> str | None:
+    """Why the package cannot serve this call, or None.
+
+    Args:
+        kernels: why there are no Triton kernels, which make the gradient of sinks, or None.
+    """
     if call.dtype not in ("float16", "bfloat16"):
         return f"it takes float16 and bfloat16, not {call.dtype}"
     if max(call.d, call.dv) > package.sizes[-1]:
@@ -131,6 +135,8 @@ def refusal(call: Call, package: Package) -> str | None:
         return package.sinks
     if call.sinks not in (None, call.dtype):
         return f"its gradient of sinks is made of an out that is rounded to {call.dtype}, too coarse for {call.sinks}"
+    if call.sinks is not None and call.gradient and (without := kernels()):
+        return f"its gradient of sinks is made by Triton's kernels: {without}"
     if call.return_lse and not package.lse:
         return "it has no differentiable lse"
     if call.return_lse and call.softcap is not None:

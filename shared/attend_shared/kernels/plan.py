@@ -63,7 +63,7 @@ class Launch(NamedTuple):
         outputs: what it writes.
         constants: what is fixed when it is compiled.
         warps, stages: num_warps and num_stages.
-        module: where it is: "attention", "gradients", "dropout", "bounds", "hopper", "narrow" or "keys".
+        module: where it is: "attention", "gradients", "dropout", "bounds", "sinks", "hopper", "narrow" or "keys".
         blocks: inputs that are given as tensor descriptors, by their names.
     """
 
