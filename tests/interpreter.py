@@ -405,9 +405,9 @@ def in_torch() -> dict[str, str]:
     return found
 
 
-def sinks_of_fa4(*names: str) -> dict[str, Any]:
-    """The verdict of each, of FlashAttention's package, which is stood in for; the same where no row is made anew; and
-    how far dsinks of packed sequences is off, over its largest value, where few rows count.
+def coarse_sinks(*names: str) -> dict[str, Any]:
+    """The verdict of each, by triton; by FlashAttention's package, which is stood in for; there, what is wrong where no
+    row is made anew; and how far dsinks of packed sequences is off where few rows count.
     """
     import pytest
     import triton.language as tl
@@ -420,23 +420,25 @@ def sinks_of_fa4(*names: str) -> dict[str, Any]:
     given = [(x * size).bfloat16() for x, size in ((q, 9), (k, 1), (v, 1), (torch.tensor([5.0, -9.0, 20.0, 0.5]), 1))]
     dout[:, :, :9] = 0
 
-    def dsinks(name: str, dtype: torch.dtype) -> torch.Tensor:
+    def dsinks_of(name: str, dtype: torch.dtype) -> torch.Tensor:
         q, k, v, sinks = (x.to(dtype).requires_grad_() for x in given)
         options = {"sinks": sinks, "q_segment_ids": ids, "window_size": (4, 2), "implementation": name}
         return torch.autograd.grad(attend(q, k, v, **options), sinks, dout.bfloat16().to(dtype))[0].double()
 
+    of_triton = run_cases(*names)
     with pytest.MonkeyPatch.context() as patch:
         flash_fakes.install(patch, interpreted=True)
-        ours, theirs = dsinks("fa4", torch.bfloat16), dsinks("einsum", torch.float64)
+        ours, theirs = dsinks_of("fa4", torch.bfloat16), dsinks_of("einsum", torch.float64)
         verdicts = {name: run_case(name, "fa4") for name in names}
         patch.setattr(kernels, "FEW", tl.constexpr(0))
         coarse = {name: run_case(name, "fa4").partition(" ")[0] for name in names}
-    return {"anew": verdicts, "coarse": coarse, "segments": ((ours - theirs).abs() / theirs.abs()).tolist()}
+    off = ((ours - theirs).abs() / theirs.abs()).tolist()
+    return {"triton": of_triton, "anew": verdicts, "coarse": coarse, "segments": off}
 
 
 TASKS: dict[str, Callable[..., Any]] = {
     "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "drawn": drawn, "torch": in_torch,
-    "biases": biases, "huge": huge, "sinks": sinks_of_fa4,
+    "biases": biases, "huge": huge, "sinks": coarse_sinks,
 }  # fmt: skip
 
 if __name__ == "__main__":

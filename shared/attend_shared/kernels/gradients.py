@@ -19,6 +19,7 @@ from attend_shared.kernels.dropout import (
     _where_bit,
     _where_kept,
 )
+from attend_shared.kernels.sinks import _weigh
 from attend_shared.kernels.tiles import (
     LOG2E,
     NOTHING,
@@ -50,13 +51,14 @@ from attend_shared.kernels.visits import (
 
 @triton.jit
 def row_sums(
-    out, dout, dlse, top, inverse, sinks, q_lengths, H, I, P, dob, doh, kept, known, partial,
+    out, dout, dlse, top, inverse, sinks, q_lengths, H, I, P, dob, doh, kept, known, partial, term, weight, largest,
+    squares,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, DON: tl.constexpr, BNHD: tl.constexpr,
-    Q_LENGTHS: tl.constexpr, LSE: tl.constexpr, SINKS: tl.constexpr, BASE2: tl.constexpr,
+    Q_LENGTHS: tl.constexpr, LSE: tl.constexpr, SINKS: tl.constexpr, BASE2: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """What the gradients take of each row: top; what every logit gets besides its own share, sum(out dout) - dlse,
     over what dropout multiplies by, the slope; and inverse: (P, 2, 2), top and slope before inverse and log2(inverse).
-    And each block's part of dsinks.
+    And each block's part of dsinks, or what `sinks.sum_rows` makes these of (WEIGHED).
     """
     block, n = tl.program_id(0), tl.program_id(1)
     b, h = n // H, n % H
@@ -89,7 +91,9 @@ def row_sums(
     if LSE:
         slope = tl.load(dlse + whole + rows, mask=rows < I, other=0.0).to(tl.float32)
         result -= tl.where(ignored, 0.0, slope)
-    if SINKS:
+    if WEIGHED:
+        _weigh(x * y, share, tl.where(share == 0, 0.0, result), n, block, rows, P, term, weight, largest, squares)
+    elif SINKS:
         tl.store(partial + n * tl.num_programs(0) + block, -tl.sum(share * result, 0))
     slope = tl.where(unseen, 0.0, result / kept)
     four = tl.join(tl.join(m, one), tl.join(slope, tl.log2(one)))  # (BM, 2, 2)

@@ -795,26 +795,57 @@ def _draw(call: Call, layout: Layout, shared: _Shared) -> Launch:
     )  # fmt: skip
 
 
+def _heavy_rows(
+    call: Call, layout: Layout, shared: _Shared, qkv: tuple[int, ...], unit: int, by_row: int, has_dlse: bool,
+    partial: tuple[int, int, int],
+) -> Launch:  # fmt: skip
+    """dsinks of the rows that weigh most, made anew, in with the others."""
+    from attend_shared.kernels import of_sinks
+
+    has = {"mask": call.mask is not None, "bias": call.bias is not None, "q_segment_ids": call.segments,
+           "kv_segment_ids": call.segments, "q_lengths": call.q_lengths, "kv_lengths": call.kv_lengths,
+           "q_offset": layout.offset > 0, "dropout_seed": call.dropout > 0, "dlse": has_dlse}  # fmt: skip
+    mask, bias = layout.mask or (0, 0, 0, 0), layout.bias or (0, 0, 0, 0)
+    return of_sinks.sum_rows(
+        {name: name for name in ("q", "k", "v", *(each for each in has if has[each]))},
+        (call.b, call.h, call.i, call.j, shared.rows, 0, *qkv, *mask[:3], *bias[:3], *shared.rest[:3], call.scale,
+         call.softcap or 0.0, shared.kept),
+        partial,
+        {"GROUP": call.h // call.hk, "D": call.d, "DV": call.dv, "UNIT": unit, "QN": layout.q[2], "KN": layout.k[2],
+         "VN": layout.v[2], "DON": by_row, "MJ": mask[3], "BJ": bias[3], "LSE": has_dlse,
+         "LEFT": call.left is not None, "RIGHT": call.right is not None, "OFFSET": layout.offset,
+         "Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths, "SEGMENTS": call.segments, "MASK": has["mask"],
+         "BIAS": has["bias"], "SOFTCAP": call.softcap is not None,
+         "THRESHOLD": threshold(call.dropout) if call.dropout else 0},
+    )  # fmt: skip
+
+
 def _backward(
     call: Call, layout: Layout, ahead: Ahead, shared: _Shared, dout: Strides, wants_bias: bool, has_dlse: bool
 ) -> tuple[Launch, ...]:
+    from attend_shared.kernels import of_sinks
+
     b, h, hk, i, j, d, dv = call.b, call.h, call.hk, call.i, call.j, call.d, call.dv
     unit = shared.unit if all(x % shared.unit == 0 for x in dout) else 1
     qkv = tuple(x * shared.unit // unit for x in shared.qkv) + tuple(x // unit for x in dout[:2])
     rows, blocks = shared.rows, shared.rows // ROWS
     sinks = "sinks" if call.sinks else None
-    sums = Launch(
+    weighs = call.sinks == call.dtype != "float32" and not _exact(call)  # an out that is rounded
+    weighed = of_sinks.weighed(b, h, rows) if weighs else (Output("unused", (1,), "float32", False),) * 4
+    partial = (b, h, blocks) if call.sinks else (b, 1, 1)
+    launches = [Launch(
         "row_sums", (blocks, b * h, 1),
         ("exact" if _exact(call) else "out", "dout", "dlse" if has_dlse else None, "top",
          "inverse" if call.sinks or not shared.base2 else None, sinks, "q_lengths" if call.q_lengths else None),
         (h, i, rows, *qkv[-2:], shared.kept),
         (Output("known", (b, h, rows, 2, 2), "float32"),
-         Output("partial", (b, h, blocks) if call.sinks else (b, 1, 1), "float32", call.sinks is not None)),
+         Output("partial", partial, "float32", call.sinks is not None and not weighs), *weighed),
         {"DV": dv, "BDV": _padded(dv), "BM": ROWS, "UNIT": unit, "DON": dout[2], "BNHD": shared.bnhd,
-         "Q_LENGTHS": call.q_lengths, "LSE": has_dlse, "SINKS": call.sinks is not None, "BASE2": shared.base2}, 4, 1,
-        "gradients",
-    )  # fmt: skip
-    launches = [sums]
+         "Q_LENGTHS": call.q_lengths, "LSE": has_dlse, "SINKS": call.sinks is not None, "BASE2": shared.base2,
+         "WEIGHED": weighs}, 4, 1, "gradients",
+    )]  # fmt: skip
+    if weighs:
+        launches.append(_heavy_rows(call, layout, shared, qkv, unit, dout[2], has_dlse, partial))
     if call.sinks is not None:
         launches.append(Launch(
             "sum_sinks", (h, 1, 1), ("partial",), (h, b, blocks), (Output("dsinks", (h,), call.sinks),),

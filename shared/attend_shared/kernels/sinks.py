@@ -12,12 +12,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attend_shared.kernels.dropout import _drop
 from attend_shared.kernels.tiles import LEAST, LOG2E, NOTHING, _load, _softcap
-from attend_shared.kernels.visits import length_of
+from attend_shared.kernels.visits import _reach, length_of
 
 FEW = tl.constexpr(16)  # rows of a head are made anew at most: those whose square is more than one in so many of all
 TINY = tl.constexpr(2.0**-100)  # rows that are smaller are not: some of their exponentials would be 0
 MANY = tl.constexpr(1024)  # starts of runs that are looked at together
+
+
+@triton.jit
+def _weigh(x, share, delta, n, block, rows, P, term, weight, largest, squares):
+    """Of rows whose terms of dout . out are x: share * delta, and the weight; and what is kept of a block's weights."""
+    size = tl.sum(tl.abs(x), 1)
+    w = tl.where(share == 0, 0.0, tl.where(size < TINY, 0.0, share * size))
+    place = n.to(tl.int64) * P + rows
+    tl.store(term + place, share * delta, mask=rows < P)
+    tl.store(weight + place, w, mask=rows < P)
+    most = tl.max(w, 0)
+    part = w / tl.where(most == 0, 1.0, most)
+    tl.store(largest + n * tl.num_programs(0) + block, most)
+    tl.store(squares + n * tl.num_programs(0) + block, tl.sum(part * part, 0))
 
 
 @triton.jit
@@ -42,15 +57,8 @@ def weigh_rows(
     if LSE:
         delta -= tl.load(dlse + of_row, mask=alive, other=0.0)
     share = _share(lse, tl.load(sinks + n % H).to(tl.float32), of_row, alive)
-    size = tl.sum(tl.abs(x), 1)
-    w = tl.where(share == 0, 0.0, tl.where(size < TINY, 0.0, share * size))
-    place = n.to(tl.int64) * P + rows
-    tl.store(term + place, tl.where(share == 0, 0.0, share * delta))
-    tl.store(weight + place, w)
-    most = tl.max(w, 0)
-    part = w / tl.where(most == 0, 1.0, most)
-    tl.store(largest + n * tl.num_programs(0) + block, most)
-    tl.store(squares + n * tl.num_programs(0) + block, tl.sum(part * part, 0))
+    delta = tl.where(share == 0, 0.0, delta)
+    _weigh(x, share, delta, n, block, rows, P, term, weight, largest, squares)
 
 
 @triton.jit
@@ -63,23 +71,26 @@ def _share(lse, sink, of_row, alive):
 
 @triton.jit
 def sum_rows(
-    q, k, v, dout, lse, dlse, sinks, q_lengths, kv_lengths, starts, term, weight, largest, squares,
-    B, H, I, J, P, COUNT, qb, qh, kb, kh, vb, vh, dob, doh, left, right, scale, cap, partial,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
-    UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr, DON: tl.constexpr, LSE: tl.constexpr,
-    Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, RUNS: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    q, k, v, mask, bias, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, starts, dout, lse, dlse, sinks,
+    term, weight, largest, squares, B, H, I, J, P, COUNT, qb, qh, kb, kh, vb, vh, dob, doh, mb, mh, mi, bb, bh, bi,
+    offset, left, right, scale, cap, kept, partial,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
+    DON: tl.constexpr, MJ: tl.constexpr, BJ: tl.constexpr, LSE: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    OFFSET: tl.constexpr, ENDS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, RUNS: tl.constexpr,
+    SEGMENTS: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """Each block's part of dsinks, the rows that weigh most made anew: a softmax of their own, in float32.
 
-    Key j is allowed for query t where -left <= j - t - (keys - queries) <= right, both counted within a run (COUNT - 1
-    runs, which start at `starts`) or within lengths.
+    ENDS: positions are counted from where the used queries and keys of an item end. RUNS: segments are COUNT - 1 runs,
+    within which all is counted, and `starts` says where each begins.
     """
     block, n = tl.program_id(0), tl.program_id(1)
     b, h = n // H, n % H
     b64, h64, first, local = b.to(tl.int64), h.to(tl.int64), block * BM, tl.arange(0, BM)
     place = n.to(tl.int64) * P + first + local
-    terms, w = tl.load(term + place), tl.load(weight + place)
+    terms = tl.load(term + place, mask=first + local < P, other=0.0)
+    w = tl.load(weight + place, mask=first + local < P, other=0.0)
 
     blocks, some = tl.num_programs(0), tl.arange(0, PARTS)
     most = tl.zeros((PARTS,), tl.float32)
@@ -100,50 +111,67 @@ def sum_rows(
 
     sink = tl.load(sinks + h).to(tl.float32)
     i_end, j_end = length_of(q_lengths, b, I, Q_LENGTHS), length_of(kv_lengths, b, J, KV_LENGTHS)
+    low, high = _reach(q_offset, b, offset, left, right, OFFSET)
+    if ENDS:
+        low, high = low + j_end - i_end, high + j_end - i_end
     q += (b64 * qb + h64 * qh) * UNIT
     k += (b64 * kb + (h64 // GROUP) * kh) * UNIT
     v += (b64 * vb + (h64 // GROUP) * vh) * UNIT
     dout += (b64 * dob + h64 * doh) * UNIT
-    lanes, columns = tl.arange(0, BD), tl.arange(0, BN)
+    mask += b64 * mb + h64 * mh
+    bias += b64 * bb + h64 * bh
+    lanes, lanes_v, columns = tl.arange(0, BD), tl.arange(0, BDV), tl.arange(0, BN)
     for _ in range(tl.sum(heavy.to(tl.int32), 0)):
         at = tl.min(tl.where(heavy, local, BM), 0)
         heavy = heavy & (local != at)
         row = first + at
-        from_key, to_key, ahead = tl.full((), 0, tl.int32), j_end, j_end - i_end
+        row64, of_row = row.to(tl.int64), n.to(tl.int64) * I + row
+        from_key, to_key = tl.full((), 0, tl.int32), j_end
         if RUNS:
-            ahead = tl.full((), 0, tl.int32)
             for turn in range(tl.cdiv(COUNT, MANY)):
                 which = turn * MANY + tl.arange(0, MANY)
                 begins = tl.load(starts + which, mask=which < COUNT, other=2147483647)
                 from_key = tl.maximum(from_key, tl.max(tl.where(begins <= row, begins, 0), 0))
                 to_key = tl.minimum(to_key, tl.min(tl.where(begins > row, begins, 2147483647), 0))
         if LEFT:
-            from_key = tl.maximum(from_key, row + ahead - left)
+            from_key = tl.maximum(from_key, row + low)
         if RIGHT:
-            to_key = tl.minimum(to_key, row + ahead + right + 1)
-        row64 = row.to(tl.int64)
+            to_key = tl.minimum(to_key, row + high + 1)
         x = tl.load(q + row64 * QN + lanes, mask=lanes < D, other=0.0).to(tl.float32)
-        y = tl.load(dout + row64 * DON + lanes, mask=lanes < D, other=0.0).to(tl.float32)
-        of_row = n.to(tl.int64) * I + row
+        y = tl.load(dout + row64 * DON + lanes_v, mask=lanes_v < DV, other=0.0).to(tl.float32)
         shift = tl.load(lse + of_row)
+        if SEGMENTS:
+            q_id = tl.load(q_ids + b64 * I + row)
         sums, products = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
-        for turn in range(tl.cdiv(tl.maximum(to_key - from_key, 0), BN)):
-            begin = from_key + turn * BN
-            begin64, seen = begin.to(tl.int64), begin + columns < to_key
+        start = from_key // 4 * 4  # a counter of Philox has four keys
+        for turn in range(tl.cdiv(tl.maximum(to_key - start, 0), BN)):
+            begin = start + turn * BN
+            begin64, keys = begin.to(tl.int64), begin + columns
+            seen = (keys >= from_key) & (keys < to_key)
+            if SEGMENTS:
+                seen = seen & (tl.load(kv_ids + b64 * J + keys, mask=seen) == q_id)
+            if MASK:
+                seen = seen & (tl.load(mask + row64 * mi + keys.to(tl.int64) * MJ, mask=seen, other=0) != 0)
             tile = _load(k + begin64 * KN, columns[:, None] * KN, lanes[None, :], seen[:, None], D, BD, False)
             s = tl.sum(tile.to(tl.float32) * x[None, :], 1)
             if SOFTCAP:
                 s, _bend = _softcap(s, scale / cap, cap, True)
             else:
                 s = s * scale
+            if BIAS:
+                s += tl.load(bias + row64 * bi + keys.to(tl.int64) * BJ, mask=seen, other=0.0).to(tl.float32)
             p = tl.where(seen, tl.exp2((s - shift) * LOG2E), 0.0)
-            tile = _load(v + begin64 * VN, columns[:, None] * VN, lanes[None, :], seen[:, None], D, BD, False)
+            tile = _load(v + begin64 * VN, columns[:, None] * VN, lanes_v[None, :], seen[:, None], DV, BDV, False)
+            dp = tl.sum(tile.to(tl.float32) * y[None, :], 1)
+            if THRESHOLD:
+                dp = _drop(dp[None, :], seed, b, h, row + tl.arange(0, 1), begin // 4, THRESHOLD, 1, BN, False)
+                dp = tl.reshape(dp, (BN,))
             sums += p
-            products += p * tl.sum(tile.to(tl.float32) * y[None, :], 1)
+            products += p * dp
         share = tl.exp2((sink - shift) * LOG2E)
         whole = tl.sum(sums, 0) + share  # 1, but for what lse is off
-        delta = tl.sum(products, 0) / whole
+        delta = tl.sum(products, 0) * kept / whole
         if LSE:
-            delta -= tl.load(dlse + of_row)
+            delta -= tl.load(dlse + of_row).to(tl.float32)
         terms = tl.where(local == at, share / whole * delta, terms)
     tl.store(partial + n * blocks + block, -tl.sum(terms, 0))
