@@ -947,3 +947,94 @@ def test_in_a_shard_map_results_vary_as_inputs_do_in_jax(monkeypatch: pytest.Mon
     sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(*specs, PartitionSpec("x")), out_specs=specs)
     found = jax.eval_shape(sharded, *given, jax.ShapeDtypeStruct((2, 2), jnp.uint32))
     assert [x.shape for x in found] == [x.shape for x in given]
+
+
+def dq_of(at: int = 0, **options: Any) -> tuple[Call, plans.Launch]:
+    """A call, and what makes its dq."""
+    call = call_of(**options)
+    x = (call.h * call.i * call.d, call.i * call.d, call.d)
+    of_k = (call.hk * call.j * call.d, call.j * call.d, call.d)
+    found = plans.plan(call, plans.Layout(x, of_k, of_k, at=at, gluon=True)).backward(x, True, True, False)
+    (launch,) = (each for each in found if "dq" in (output.name for output in each.outputs))
+    return call, launch
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, True),
+        ({"is_causal": True}, True),
+        ({"window_size": (1023, 0)}, True),
+        ({"window_size": (1022, 0)}, False),
+        ({"window_size": (None, 5)}, True),
+        ({"sinks": torch.empty(4, device="meta")}, True),
+        ({"k": LONG["k"][:, :2], "v": LONG["v"][:, :2]}, True),
+        ({name: x.half() for name, x in LONG.items()}, True),
+        ({name: x.float() for name, x in LONG.items()}, False),
+        ({name: x[:, :, :1024] for name, x in LONG.items()}, True),
+        ({name: x[:, :, :1024] for name, x in LONG.items()} | {"is_causal": True}, False),
+        ({"q": LONG["q"][:, :, :128], "q_offset": 1920, "is_causal": True}, True),
+        ({"q": LONG["q"][:, :, :127]}, False),
+        ({"q_offset": 5, "is_causal": True}, False),
+        ({"softcap": 3.0}, False),
+        ({"scale": -1.0}, False),
+        ({"kv_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, False),
+        ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, False),
+        ({"mask": torch.empty(2, 2048, dtype=torch.bool, device="meta")}, False),
+        ({"bias": torch.empty(1, 4, 2048, 2048, dtype=torch.bfloat16, device="meta")}, False),
+        ({"dropout": 0.1, "dropout_seed": 1}, False),
+        (ROWS64, False),
+        (ROWS64 | {"is_causal": True}, True),
+        (ROWS64 | {"window_size": (1500, 0)}, False),
+    ],
+)
+def test_what_the_kernel_of_dq_takes(options: dict[str, Any], taken: bool) -> None:
+    _, launch = dq_of(options.get("q_offset", 0), **LONG | options)
+    assert (launch.kernel == "long_query_gradients") == taken
+
+
+@pytest.mark.parametrize(("rows", "queries", "warps"), [(LONG, 128, 12), (ROWS64, 192, 16)], ids=["128", "64"])
+def test_the_kernel_of_dq_compiles_in_jax(rows: dict[str, Any], queries: int, warps: int) -> None:
+    """Two or three groups of warps that compute, and one that loads."""
+    call, launch = dq_of(**rows, is_causal=True)
+    assert launch.grid == (min(132, 8 * -(-2048 // queries)), 1, 1)
+    made = gluon.compiled(launch, [call.dtype] * 4 + ["float32", call.dtype])
+    assert made.warps == warps
+    assert made.shared <= 227 * 1024
+    assert made.boxes == ((3, (1, 1, 64, 64)),) * 4
+    for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d", "cvt.rn.bf16x2.f32"):
+        assert instruction in made.ptx
+    arguments = made.ptx.partition(".visible .entry long_query_gradients(")[2].partition(")")[0].count(".param")
+    assert arguments == len(launch.inputs) + 4 * 8 + sum(x != 1 for x in launch.numbers) + 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("b", "length", "options", "together"),
+    [(4, 4096, {"is_causal": True}, 1), (8, 2048, {"is_causal": True}, 1), (1, 16384, {"is_causal": True}, 16),
+     (4, 4096, {}, 2)],
+)  # fmt: skip
+def test_dq_reads_the_keys_of_few_heads_at_a_time(b: int, length: int, options: dict[str, Any], together: int) -> None:
+    """As long as programs have shares alike: keys and values of 64 heads are more than the L2 cache holds."""
+    x = torch.empty(b, 16, length, 128, dtype=torch.bfloat16, device="meta")
+    _, launch = dq_of(q=x, k=x, v=x, **options)
+    assert dict(zip(launch.function.arg_names[5:], launch.numbers, strict=False))["together"] == together
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_cotangent_may_lie_anywhere(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a descriptor cannot take is copied."""
+    monkeypatch.setattr(triton, "capability", lambda: "9.0")
+    q, k = torch.zeros(1, 2, 1024, 128).bfloat16(), torch.zeros(1, 1, 1024, 128).bfloat16()
+    call = call_of(q=q, k=k, v=k)
+    arrays, seen = canonical(call, Arrays(q, k, k)), {}
+    monkeypatch.setattr(triton, "_run", lambda kernels, known: seen.update(known, kernels=kernels) or known.update(
+        dict.fromkeys(("out", "lse", "dq", "dk", "dv"), q)))  # fmt: skip
+    row = torch.randn(1024, 129).bfloat16()
+    for dout in (row[:, shift : shift + 128].expand(1, 2, -1, -1), torch.ones(()).bfloat16().expand(q.shape)):
+        triton._gradients(call, arrays, [q], dout, None, [True, True, True, False, False])
+        assert torch.equal(seen["dout"], dout)
+        assert seen["dout"].data_ptr() % 16 == 0
+        (launch,) = (each.launch for each in seen["kernels"] if each.launch.kernel == "long_query_gradients")
+        blocks = launch.blocks["dout"]
+        assert all(stride % 8 == 0 for stride in blocks.strides[:-1])
+        assert torch.equal(seen["dout"].as_strided(blocks.shape, blocks.strides).expand(dout.shape), dout)

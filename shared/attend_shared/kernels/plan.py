@@ -63,7 +63,8 @@ class Launch(NamedTuple):
         outputs: what it writes.
         constants: what is fixed when it is compiled.
         warps, stages: num_warps and num_stages.
-        module: where it is: "attention", "gradients", "dropout", "bounds", "sinks", "hopper", "narrow" or "keys".
+        module: where it is: "attention", "gradients", "dropout", "bounds", "sinks", "hopper", "narrow", "queries" or
+            "keys".
         blocks: inputs that are given as tensor descriptors, by their names.
     """
 
@@ -94,7 +95,7 @@ class Launch(NamedTuple):
     @property
     def gluon(self) -> bool:
         """Whether it is in Gluon."""
-        return self.module in ("hopper", "narrow", "keys")
+        return self.module in ("hopper", "narrow", "queries", "keys")
 
 
 class Layout(NamedTuple):
@@ -206,6 +207,10 @@ LONG_KEYS = Tile(64, 128, 4, 4)  # of keys.long_key_gradients, the same
 LONG_KEYS_SEEN = {64: 2048, 128: 1024}  # by how many queries, on average, from which on it is faster; by d
 LONG_KEYS_TILES = 67  # from which on half as many keys a program would not use more multiprocessors
 TOGETHER = 1, 2, 3, 6, 11, 16, 22, 33  # heads of which the first tiles of keys come first: as many as are tried
+LONG_QUERIES = {64: Tile(192, 64, 4, 4), 128: Tile(128, 64, 4, 5)}  # of queries.long_query_gradients, by d: the same
+LONG_QUERIES_ROOM = {64: (1, 4), 128: (1, 4)}  # for rows of q and dout of so many tiles; for blocks of values
+LONG_QUERIES_KEYS = 1024, 2048  # the same; where positions rule out some
+LONG_QUERIES_WIDE = 1024  # keys of a window, from which on it is faster
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
@@ -364,26 +369,66 @@ def _narrow(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
     )  # fmt: skip
 
 
-def _neighbours(heads: int, blocks: int, j: int, high: int) -> int:
+def _takes_long_queries(call: Call, layout: Layout) -> bool:
+    """Whether `queries.long_query_gradients` makes dq, faster: nothing but a window or sinks, causal rows of 64."""
+    d, left, right = call.d, call.left, call.right
+    if d not in LONG_QUERIES or (d == 64 and (left is not None or right is None)):
+        return False
+    if left is not None and left + 1 + (call.j if right is None else right) < LONG_QUERIES_WIDE:
+        return False
+    return _is_long(call, layout, d, LONG_QUERIES_KEYS[call.positional], LONG_QUERIES[d])
+
+
+def _long_queries(call: Call, shared: _Shared, dout: Strides) -> Launch:
+    at, left, right, *_ = shared.rest
+    low = -FAR if call.left is None else max(-FAR, min(FAR, at - left))
+    high = FAR if call.right is None else max(-FAR, min(FAR, at + right))
+    (q, k, v), size, rows = shared.layout[:3], LONG_QUERIES[call.d], 64
+    heads, blocks = call.b * call.h, _cdiv(call.i, size.queries)
+    tiles, values = LONG_QUERIES_ROOM[call.d]
+    sizes = tuple(1 << n for n in range(heads.bit_length()))
+    together = _neighbours(heads, blocks, call.j, high, size, low, sizes, 1.05)
+    return Launch(
+        "long_query_gradients", (min(PERSISTENT, heads * blocks), 1, 1), ("q", "k", "v", "dout", "known"),
+        (heads, call.h, call.i, call.j, shared.rows, blocks, together, low, high, shared.factor, call.scale),
+        (Output("dq", shared.shape(call.h, call.i, call.d), call.dtype),),
+        {"GROUP": call.h // call.hk, "D": call.d, "BN": size.keys, "GROUPS": size.queries // rows, "QB": min(q[0], 1),
+         "QH": min(q[1], 1), "KB": min(k[0], 1), "KH": min(k[1], 1), "VB": min(v[0], 1), "VH": min(v[1], 1),
+         "DOB": min(dout[0], 1), "DOH": min(dout[1], 1), "BNHD": shared.bnhd, "LEFT": call.left is not None,
+         "RIGHT": call.right is not None, "TILES": tiles, "STAGES_K": size.stages, "STAGES_V": values},
+        size.warps, 1, "queries",
+        {"q": _blocks(call, q, call.h, call.i, rows), "k": _blocks(call, k, call.hk, call.j, size.keys),
+         "v": _blocks(call, v, call.hk, call.j, size.keys), "dout": _blocks(call, dout, call.h, call.i, rows)},
+    )  # fmt: skip
+
+
+def _neighbours(
+    heads: int, blocks: int, j: int, high: int, size: Tile = NARROW, low: int = -FAR, sizes: tuple[int, ...] = (),
+    slack: float = 1.03,
+) -> int:  # fmt: skip
     """Of how many heads the longest rows come first: the fewest that leave no program much more than others.
 
-    What few heads read is still in the L2 cache when it is read again; of many, programs have shares more alike.
+    What few heads read is still in the L2 cache when it is read again; of many, programs have shares more alike. sizes,
+    slack: what there is to choose from, in order, and what is not much.
     """
-    most = j // NARROW.keys
-    costs = [1 + max(1, min(most, _cdiv(max(0, (n + 1) * NARROW.queries + high), NARROW.keys))) for n in range(blocks)]
+    most = j // size.keys
+    sizes = sizes or tuple(max(2, keys // j) for keys in NEIGHBOURS)
+    costs = []
+    for n in range(blocks):
+        start = max(0, n * size.queries + low) // size.keys
+        costs.append(1 + max(1, min(most, _cdiv(max(0, (n + 1) * size.queries + high), size.keys)) - start))
     if costs[0] == costs[-1] or heads * blocks > MANY_TILES:
-        return 2 if costs[0] == costs[-1] else max(2, NEIGHBOURS[0] // j)
+        return 2 if costs[0] == costs[-1] else sizes[0]
     found = {}
-    for keys in NEIGHBOURS:
-        size = max(2, keys // j)
+    for together in sizes:
         shares = [0] * PERSISTENT
-        runs = (min(size, heads - first) for first in range(0, heads, size))
+        runs = (min(together, heads - first) for first in range(0, heads, together))
         order = (cost for run in runs for cost in costs[::-1] for _ in range(run))
         for n, cost in enumerate(order):
             turn, at = divmod(n, PERSISTENT)
             shares[PERSISTENT - 1 - at if turn % 2 else at] += cost
-        found[size] = max(shares)
-    return min(size for size, share in found.items() if share <= 1.03 * min(found.values()))
+        found[together] = max(shares)
+    return min(together for together, share in found.items() if share <= slack * min(found.values()))
 
 
 def _takes_long_keys(call: Call, layout: Layout) -> bool:
@@ -648,7 +693,8 @@ def plan(call: Call, layout: Layout) -> Plan:
         return *found, *_backward(call, layout, ahead, shared, dout, wants_bias, has_dlse)
 
     made = {output.name for launch in launches for output in launch.outputs}
-    aligned = any(launch.gluon for launch in launches) or _takes_long_keys(call, layout)
+    aligned = any(launch.gluon for launch in launches)
+    aligned = aligned or _takes_long_queries(call, layout) or _takes_long_keys(call, layout)
     return Plan(tuple(launches), tuple(name for name in bounds if name in made), backward, aligned)
 
 
@@ -864,6 +910,8 @@ def _backward(
         dbias, together = Output("dbias", call.bias, call.bias_dtype), _together(call, layout)
     if dbias and together:
         launches.append(_queries_and_bias(call, layout, shared, together, more, qkv, dbias))
+    elif _takes_long_queries(call, layout):
+        launches.append(_long_queries(call, shared, dout))
     else:
         launches.append(Launch(
             "query_gradients", (_cdiv(i, size.queries), b * h, 1),

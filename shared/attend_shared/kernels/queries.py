@@ -1,0 +1,344 @@
+"""dq of rows of 64 and 128 on compute capability 9.0, in Gluon: the same for torch and JAX.
+
+Groups of four warps have 64 queries each, whose rows of q and dout stay in shared memory, and share the keys and values
+that one more warp loads. A group asks for the logits of the next block of keys, the part of dq that this one has, and
+dout times the next block's values, and makes the next block's exponentials while the last two run. Keys are read twice:
+across for the logits, and as they lie for dq. A program stays, and goes over its share of all heads and queries.
+
+References:
+    Shah, Bikshandi, Zhang, Thakkar, Ramani, Dao: FlashAttention-3 (2024), whose roles of warps these are.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from attend_shared.kernels.hopper import _masked
+from attend_shared.kernels.visits import _blocks, _blocks_up, _clip
+
+ROWS = gl.constexpr(64)  # of a group of warps
+FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+BOTH = gl.constexpr("mov.b32 {$0, $1}, $2;")
+
+
+@gluon.jit
+def _tiles(blocks, N):
+    """How many tiles a program has: one of each run of as many as there are programs, from either end in turn."""
+    programs, me = gl.num_programs(0), gl.program_id(0)
+    runs, rest = blocks * N // programs, blocks * N % programs
+    return runs + gl.where(gl.where(runs % 2 == 0, me, programs - 1 - me) < rest, 1, 0)
+
+
+@gluon.jit
+def _tile(k, N, blocks, together, GROUPS: gl.constexpr):
+    """The k-th tile of a program: its item and head in one number, and its first query. Of so many heads together the
+    longest rows come first.
+    """
+    programs, me = gl.num_programs(0), gl.program_id(0)
+    at = k * programs + gl.where(k % 2 == 0, me, programs - 1 - me)
+    before = at // (together * blocks) * together
+    heads = gl.minimum(together, N - before)
+    at -= before * blocks
+    return before + at % heads, (blocks - 1 - at // heads) * (GROUPS * ROWS)
+
+
+@gluon.jit
+def _span(
+    first, J, low, high, COUNT: gl.constexpr, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
+):  # fmt: skip
+    """Where the blocks of keys that COUNT queries see begin, are whole, end being whole, and end."""
+    most = J // BN
+    start, whole_from, whole_to, stop = J * 0, J * 0, most, most
+    if LEFT:
+        start = _blocks(first + low, BN)
+        whole_from = _blocks_up(first + COUNT - 1 + low, BN)
+    if RIGHT:
+        stop = gl.minimum(stop, _blocks_up(first + COUNT + high, BN))
+        whole_to = gl.minimum(whole_to, _blocks(first + high + 1, BN))
+    return _clip(start, whole_from, whole_to, stop, most)
+
+
+@gluon.jit
+def _fetch(array, item, head, first, place, loaded):
+    """Begin to load rows of a head."""
+    tma.async_copy_global_to_shared(array, [item, head, first, 0], loaded, place)
+
+
+@gluon.jit
+def _load(
+    q, dout, k, v, N, H, J, blocks, together, low, high, places, bars,
+    GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
+    QB: gl.constexpr, QH: gl.constexpr, KB: gl.constexpr, KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr,
+    DOB: gl.constexpr, DOH: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TILES: gl.constexpr,
+    STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
+):  # fmt: skip
+    """Of each tile the rows of q and dout, and block after block of keys and of values."""
+    queries_of, douts_of, keys_of, values_of = places
+    q_loaded, q_done, k_loaded, k_done, v_loaded, v_done = bars
+    count = 0
+    for tile in range(_tiles(blocks, N)):
+        n, first = _tile(tile, N, blocks, together, GROUPS)
+        b, h, hk = n // H, n % H, n % H // GROUP
+        start, _, _, stop = _span(first, J, low, high, GROUPS * ROWS, BN, LEFT, RIGHT)
+        for group in gl.static_range(GROUPS):
+            place = tile % TILES * GROUPS + group
+            mbarrier.wait(q_done.index(place), (tile // TILES) & 1 ^ 1)
+            mbarrier.expect(q_loaded.index(place), 2 * ROWS * D * 2)
+            _fetch(q, b * QB, h * QH, first + group * ROWS, queries_of.index(place), q_loaded.index(place))
+            _fetch(dout, b * DOB, h * DOH, first + group * ROWS, douts_of.index(place), q_loaded.index(place))
+        for turn in range(start, stop):
+            at = count % STAGES_K
+            mbarrier.wait(k_done.index(at), (count // STAGES_K) & 1 ^ 1)
+            mbarrier.expect(k_loaded.index(at), BN * D * 2)
+            _fetch(k, b * KB, hk * KH, turn * BN, keys_of.index(at), k_loaded.index(at))
+            at = count % STAGES_V
+            mbarrier.wait(v_done.index(at), (count // STAGES_V) & 1 ^ 1)
+            mbarrier.expect(v_loaded.index(at), BN * D * 2)
+            _fetch(v, b * VB, hk * VH, turn * BN, values_of.index(at), v_loaded.index(at))
+            count += 1
+
+
+@gluon.jit
+def _give_back(count, bars, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr):
+    """A block unread, which only other groups see."""
+    _, _, k_loaded, k_done, v_loaded, v_done = bars
+    at = count % STAGES_K
+    mbarrier.wait(k_loaded.index(at), (count // STAGES_K) & 1)
+    mbarrier.arrive(k_done.index(at), count=1)
+    at = count % STAGES_V
+    mbarrier.wait(v_loaded.index(at), (count // STAGES_V) & 1)
+    mbarrier.arrive(v_done.index(at), count=1)
+
+
+@gluon.jit
+def _either(a, b):
+    return a | b
+
+
+@gluon.jit
+def _hold(p, spare, BN: gl.constexpr):
+    """ptxas would wait for products before the exponentials; past a barrier with a store of all of them, it can't."""
+    low, up = p.to(gl.int32, bitcast=True).reshape((ROWS, BN // 2, 2)).split()
+    low = gl.reduce(low.reshape((ROWS, BN // 8, 4)), 1, _either)
+    up = gl.reduce(up.reshape((ROWS, BN // 8, 4)), 1, _either)
+    spare.store((low | up).reshape((ROWS * 4,)))
+    gl.thread_barrier()
+
+
+@gluon.jit
+def _words(p, dp, slope, dtype: gl.constexpr, BN: gl.constexpr):
+    """Gradients of logits rounded, two in a word: the compiler would carry them unrounded to where they are read."""
+    low, up = (p * (dp - slope[:, None])).reshape((ROWS, BN // 2, 2)).split()
+    return gl.inline_asm_elementwise(
+        BFLOAT16 if dtype == gl.bfloat16 else FLOAT16, "=r,f,f", [low, up], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _operand(words, dtype: gl.constexpr, BN: gl.constexpr, SUMS: gl.constexpr):
+    """These as the product with keys takes them."""
+    if dtype == gl.bfloat16:
+        low, up = gl.inline_asm_elementwise(
+            BOTH, "=h,=h,r", [words], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
+        )
+    else:
+        low, up = gl.inline_asm_elementwise(
+            BOTH, "=h,=h,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
+        )
+    return gl.convert_layout(gl.join(low, up).reshape((ROWS, BN)), gl.DotOperandLayout(0, SUMS, 2))
+
+
+@gluon.jit
+def _turn(
+    count, begin, queries, douts, places, bars, spare, acc, words, m, slope, least, most, factor,
+    LOGITS: gl.constexpr, SUMS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, CUT: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """The part of dq of the block with this count, and the gradients of logits of the next, which begins at a key."""
+    _, _, keys_of, values_of = places
+    _, _, k_loaded, k_done, v_loaded, v_done = bars
+    ahead = count + 1
+    at_k, at_v, old = ahead % STAGES_K, ahead % STAGES_V, count % STAGES_K
+    zeros = gl.zeros((ROWS, BN), gl.float32, LOGITS)
+    mbarrier.wait(k_loaded.index(at_k), (ahead // STAGES_K) & 1)
+    keys = keys_of.index(at_k).reshape((BN, D)).permute((1, 0))
+    s = warpgroup_mma(queries, keys, zeros, use_acc=False, is_async=True)
+    acc = warpgroup_mma(_operand(words, dtype, BN, SUMS), keys_of.index(old).reshape((BN, D)), acc, is_async=True)
+    mbarrier.wait(v_loaded.index(at_v), (ahead // STAGES_V) & 1)
+    values = values_of.index(at_v).reshape((BN, D)).permute((1, 0))
+    dp = warpgroup_mma(douts, values, zeros, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(2, deps=(s,))
+    if CUT:
+        s = _masked(s, begin, least, most, LOGITS, BN, LEFT, RIGHT)
+    p = gl.exp2(s * factor - m[:, None])
+    _hold(p, spare, BN)
+    acc, dp, words, p = warpgroup_mma_wait(0, deps=(acc, dp, words, p))
+    mbarrier.arrive(k_done.index(old), count=1)
+    mbarrier.arrive(v_done.index(at_v), count=1)
+    return acc, _words(p, dp, slope, dtype, BN)
+
+
+@gluon.jit
+def _attend(
+    WHICH: gl.constexpr, places, bars, spares, known, N, H, I, J, P, blocks, together, low, high, factor, scale, dq,
+    D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
+):  # fmt: skip
+    """dq of 64 queries of each tile."""
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    dtype: gl.constexpr = dq.dtype.element_ty
+    queries_of, douts_of, keys_of, values_of = places
+    q_loaded, q_done, k_loaded, k_done, v_loaded, v_done = bars
+    spare = spares.index(WHICH)
+    count = 0  # of blocks of the tiles before
+    for tile in range(_tiles(blocks, N)):
+        n, begin = _tile(tile, N, blocks, together, GROUPS)
+        from_block, _, _, to_block = _span(begin, J, low, high, GROUPS * ROWS, BN, LEFT, RIGHT)
+        first = begin + WHICH * ROWS
+        start, whole_from, whole_to, stop = _span(first, J, low, high, ROWS, BN, LEFT, RIGHT)
+        start = gl.minimum(gl.maximum(start, from_block), to_block)
+        stop = gl.where(first < I, gl.minimum(gl.maximum(stop, start), to_block), start)
+        whole_from = gl.minimum(gl.maximum(whole_from, start), stop)
+        whole_to = gl.minimum(gl.maximum(whole_to, whole_from), stop)
+        rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
+        least, most = rows + low, rows + high
+        kept = known + (n.to(gl.int64) * P + rows) * 4
+        m = gl.load(kept, mask=rows < I, other=float("inf"))
+        slope = gl.load(kept + 1, mask=rows < I, other=0.0)
+        acc = gl.zeros((ROWS, D), gl.float32, SUMS)
+        place = tile % TILES * GROUPS + WHICH
+        queries = queries_of.index(place).reshape((ROWS, D))
+        douts = douts_of.index(place).reshape((ROWS, D))
+        mbarrier.wait(q_loaded.index(place), (tile // TILES) & 1)
+        behind = count - from_block
+        for turn in range(from_block, start):
+            _give_back(behind + turn, bars, STAGES_K, STAGES_V)
+        if start < stop:
+            at_k, at_v = (behind + start) % STAGES_K, (behind + start) % STAGES_V
+            zeros = gl.zeros((ROWS, BN), gl.float32, LOGITS)
+            mbarrier.wait(k_loaded.index(at_k), ((behind + start) // STAGES_K) & 1)
+            s = warpgroup_mma(queries, keys_of.index(at_k).reshape((BN, D)).permute((1, 0)), zeros, use_acc=False)
+            mbarrier.wait(v_loaded.index(at_v), ((behind + start) // STAGES_V) & 1)
+            dp = warpgroup_mma(douts, values_of.index(at_v).reshape((BN, D)).permute((1, 0)), zeros, use_acc=False)
+            mbarrier.arrive(v_done.index(at_v), count=1)
+            s = _masked(s, start * BN, least, most, LOGITS, BN, LEFT, RIGHT)
+            words = _words(gl.exp2(s * factor - m[:, None]), dp, slope, dtype, BN)
+            if LEFT:
+                for turn in range(start, whole_from - 1):
+                    acc, words = _turn(
+                        behind + turn, (turn + 1) * BN, queries, douts, places, bars, spare, acc, words, m, slope,
+                        least, most, factor, LOGITS, SUMS, D, BN, True, LEFT, RIGHT, STAGES_K, STAGES_V, dtype,
+                    )  # fmt: skip
+            for turn in range(gl.maximum(whole_from - 1, start), whole_to - 1):
+                acc, words = _turn(
+                    behind + turn, (turn + 1) * BN, queries, douts, places, bars, spare, acc, words, m, slope,
+                    least, most, factor, LOGITS, SUMS, D, BN, False, LEFT, RIGHT, STAGES_K, STAGES_V, dtype,
+                )  # fmt: skip
+            if RIGHT:
+                for turn in range(gl.maximum(whole_to - 1, start), stop - 1):
+                    acc, words = _turn(
+                        behind + turn, (turn + 1) * BN, queries, douts, places, bars, spare, acc, words, m, slope,
+                        least, most, factor, LOGITS, SUMS, D, BN, True, LEFT, RIGHT, STAGES_K, STAGES_V, dtype,
+                    )  # fmt: skip
+            at_k = (behind + stop - 1) % STAGES_K
+            acc = warpgroup_mma(_operand(words, dtype, BN, SUMS), keys_of.index(at_k).reshape((BN, D)), acc)
+            mbarrier.arrive(k_done.index(at_k), count=1)
+        mbarrier.arrive(q_done.index(place), count=1)
+        for turn in range(stop, to_block):
+            _give_back(behind + turn, bars, STAGES_K, STAGES_V)
+        count += to_block - from_block
+
+        b, head = n // H, n % H
+        at = first + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
+        if BNHD:
+            starts = ((b.to(gl.int64) * I + at) * H + head) * D
+        else:
+            starts = (n.to(gl.int64) * I + at) * D
+        lanes = gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
+        gl.store(dq + starts[:, None] + lanes, (acc * scale).to(dtype), mask=(at < I)[:, None])
+
+
+@gluon.jit(do_not_specialize=("N", "H", "I", "J", "P", "blocks", "together", "low", "high"))  # compiled once for all
+def long_query_gradients(
+    q, k, v, dout, known, N, H, I, J, P, blocks, together, low, high, factor, scale, dq,
+    GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
+    QB: gl.constexpr, QH: gl.constexpr, KB: gl.constexpr, KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr,
+    DOB: gl.constexpr, DOH: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
+):  # fmt: skip
+    """dq, as `attention.query_gradients` makes it; J a multiple of BN.
+
+    q, k, v, dout: descriptors of (b, h or hk, I or J, D), which load rows of one head.
+    N: items times heads. blocks: of queries, in I. together: of how many heads the longest rows come first.
+    QB, QH, KB, KH, VB, VH, DOB, DOH: 1, or 0 where all items or heads have the same.
+    LEFT, RIGHT: key j is seen by query t where low <= j - t, and j - t <= high.
+    TILES: of how many tiles there is room for q and dout.
+    """
+    places = (
+        gl.allocate_shared_memory(q.dtype, [TILES * GROUPS, 1, 1, ROWS, D], q.layout),
+        gl.allocate_shared_memory(dout.dtype, [TILES * GROUPS, 1, 1, ROWS, D], dout.layout),
+        gl.allocate_shared_memory(k.dtype, [STAGES_K, 1, 1, BN, D], k.layout),
+        gl.allocate_shared_memory(v.dtype, [STAGES_V, 1, 1, BN, D], v.layout),
+    )
+    spares = gl.allocate_shared_memory(gl.int32, [GROUPS, ROWS * 4], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    # each an allocation of its own: the compiler puts a barrier of all threads between accesses to one
+    q_loaded = gl.allocate_shared_memory(gl.int64, [TILES * GROUPS, 1], mbarrier.MBarrierLayout())
+    q_done = gl.allocate_shared_memory(gl.int64, [TILES * GROUPS, 1], mbarrier.MBarrierLayout())
+    k_loaded = gl.allocate_shared_memory(gl.int64, [STAGES_K, 1], mbarrier.MBarrierLayout())
+    k_done = gl.allocate_shared_memory(gl.int64, [STAGES_K, 1], mbarrier.MBarrierLayout())
+    v_loaded = gl.allocate_shared_memory(gl.int64, [STAGES_V, 1], mbarrier.MBarrierLayout())
+    v_done = gl.allocate_shared_memory(gl.int64, [STAGES_V, 1], mbarrier.MBarrierLayout())
+    bars = (q_loaded, q_done, k_loaded, k_done, v_loaded, v_done)
+    for place in gl.static_range(TILES * GROUPS):
+        mbarrier.init(q_loaded.index(place), count=1)
+        mbarrier.init(q_done.index(place), count=1)
+    for stage in gl.static_range(STAGES_K):
+        mbarrier.init(k_loaded.index(stage), count=1)
+        mbarrier.init(k_done.index(stage), count=GROUPS)
+    for stage in gl.static_range(STAGES_V):
+        mbarrier.init(v_loaded.index(stage), count=1)
+        mbarrier.init(v_done.index(stage), count=GROUPS)
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    gl.constexpr(0), places, bars, spares, known, N, H, I, J, P, blocks, together, low, high, factor,
+                    scale, dq, D, BN, GROUPS, BNHD, LEFT, RIGHT, TILES, STAGES_K, STAGES_V,
+                )),
+                (_attend, (
+                    gl.constexpr(1), places, bars, spares, known, N, H, I, J, P, blocks, together, low, high, factor,
+                    scale, dq, D, BN, GROUPS, BNHD, LEFT, RIGHT, TILES, STAGES_K, STAGES_V,
+                )),
+                (_load, (
+                    q, dout, k, v, N, H, J, blocks, together, low, high, places, bars, GROUP, D, BN, GROUPS, QB, QH, KB,
+                    KH, VB, VH, DOB, DOH, LEFT, RIGHT, TILES, STAGES_K, STAGES_V,
+                )),
+            ],
+            [4, 1], [240, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    gl.constexpr(0), places, bars, spares, known, N, H, I, J, P, blocks, together, low, high, factor,
+                    scale, dq, D, BN, GROUPS, BNHD, LEFT, RIGHT, TILES, STAGES_K, STAGES_V,
+                )),
+                (_attend, (
+                    gl.constexpr(1), places, bars, spares, known, N, H, I, J, P, blocks, together, low, high, factor,
+                    scale, dq, D, BN, GROUPS, BNHD, LEFT, RIGHT, TILES, STAGES_K, STAGES_V,
+                )),
+                (_attend, (
+                    gl.constexpr(2), places, bars, spares, known, N, H, I, J, P, blocks, together, low, high, factor,
+                    scale, dq, D, BN, GROUPS, BNHD, LEFT, RIGHT, TILES, STAGES_K, STAGES_V,
+                )),
+                (_load, (
+                    q, dout, k, v, N, H, J, blocks, together, low, high, places, bars, GROUP, D, BN, GROUPS, QB, QH, KB,
+                    KH, VB, VH, DOB, DOH, LEFT, RIGHT, TILES, STAGES_K, STAGES_V,
+                )),
+            ],
+            [4, 4, 1], [160, 160, 24],
+        )  # fmt: skip
