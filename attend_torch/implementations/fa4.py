@@ -230,9 +230,10 @@ def _gradients(
 
     The package's own dsinks is made of the rounded out alone, which is too coarse where few rows count.
     """
-    starts, lse, dlse = inputs[6], inputs[8], inputs[10]
+    starts, lse, dout, dlse = inputs[6], *inputs[8:11]
     if dlse is not None:  # that of an lse of -inf counts for nothing
-        inputs = (*inputs[:10], torch.where(lse == -torch.inf, 0, dlse))
+        dlse = torch.where(lse == -torch.inf, 0, dlse)
+    inputs = (*inputs[:9], dout.resolve_neg(), dlse)
     deterministic = torch.are_deterministic_algorithms_enabled()
     alike = None if call is None else (call, deterministic, dlse is None, None if starts is None else starts.shape)
     without = (*inputs[:3], None, *inputs[4:])
