@@ -81,15 +81,17 @@ class Launch(NamedTuple):
 
     @property
     def function(self) -> Any:
-        """The kernel itself, compiled for its numbers as they come, whatever they are multiples of.
+        """The kernel itself.
 
-        Triton's launcher would tell the compiler of those that are of 16, and jax-triton does not: so layouts were
-        others, and with them the order of a sum.
+        Triton's launcher tells the compiler which numbers are multiples of 16, and jax-triton does not. Loads are laid
+        out by that, and with them the order of a sum of what is loaded: of those neither is told. Sums of products are
+        laid out by the products.
         """
         found = getattr(import_module(f"attend_shared.kernels.{self.module}"), self.kernel)
-        parameters = getattr(found, "params", ())  # the interpreter's has none
-        for parameter in parameters[len(self.inputs) : len(self.inputs) + len(self.numbers)]:
-            parameter.do_not_specialize_on_alignment = True
+        if self.kernel in SUMS:
+            parameters = getattr(found, "params", ())  # the interpreter's has none
+            for parameter in parameters[len(self.inputs) : len(self.inputs) + len(self.numbers)]:
+                parameter.do_not_specialize_on_alignment = True
         return found
 
     @property
@@ -209,8 +211,9 @@ LONG_KEYS_TILES = 67  # from which on half as many keys a program would not use 
 TOGETHER = 1, 2, 3, 6, 11, 16, 22, 33  # heads of which the first tiles of keys come first: as many as are tried
 LONG_QUERIES = {64: Tile(192, 64, 4, 4), 128: Tile(128, 64, 4, 5)}  # of queries.long_query_gradients, by d: the same
 LONG_QUERIES_ROOM = {64: (1, 4), 128: (1, 4)}  # for rows of q and dout of so many tiles; for blocks of values
-LONG_QUERIES_KEYS = 1024, 2048  # the same; where positions rule out some
+LONG_QUERIES_KEYS = {64: (4096, 4096), 128: (1024, 2048)}  # the same, by d; where positions rule out some
 LONG_QUERIES_WIDE = 1024  # keys of a window, from which on it is faster
+SUMS = "join", "row_sums", "weigh_rows", "sum_rows", "sum_sinks"  # kernels that sum what they load
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
@@ -376,7 +379,7 @@ def _takes_long_queries(call: Call, layout: Layout) -> bool:
         return False
     if left is not None and left + 1 + (call.j if right is None else right) < LONG_QUERIES_WIDE:
         return False
-    return _is_long(call, layout, d, LONG_QUERIES_KEYS[call.positional], LONG_QUERIES[d])
+    return _is_long(call, layout, d, LONG_QUERIES_KEYS[d][call.positional], LONG_QUERIES[d])
 
 
 def _long_queries(call: Call, shared: _Shared, dout: Strides) -> Launch:
