@@ -24,6 +24,7 @@ EXTRAS = {
     ("jax", "triton"): "triton-jax",
 }
 VERY_SHORT, SHORT, FEW = 128, 512, 16  # queries and keys of a short call; queries of a step of decoding
+QUICK = 2**25  # logits of all heads, up to which the host takes longer to send a call off than the device to run it
 
 
 class Rule(NamedTuple):
@@ -53,6 +54,7 @@ RULES = (
     Rule("sinks", lambda call: call.sinks is not None),
     Rule("lse", lambda call: call.return_lse),
     Rule("an offset", lambda call: call.right is not None and call.offset != "zero"),
+    Rule("few logits", lambda call: call.b * call.h * call.i * call.j <= QUICK),
     Rule("very short sequences", lambda call: call.i <= VERY_SHORT and call.j <= VERY_SHORT),
     Rule("short sequences", lambda call: call.i <= SHORT and call.j <= SHORT),
     Rule("head sizes up to 64", lambda call: call.d <= 64),

@@ -27,7 +27,17 @@ DEVICES = {
         },
         orders={
             "torch": {
-                "float32": Order(("triton", "blockwise", "einsum"), ("triton", "blockwise", "einsum"), {}),
+                "float32": Order(
+                    ("triton", "einsum", "blockwise"),
+                    ("triton", "einsum", "blockwise"),
+                    {
+                        "causal 1x16x4096x64 float32": {
+                            "triton": (0.5827, 2.652),
+                            "einsum": (7.015, 19.03),
+                            "blockwise": (9.395, 118.7),
+                        },
+                    },
+                ),
                 "few queries": Order(
                     ("triton", "fa4", "sdpa"),
                     ("triton", "fa4", "sdpa"),
@@ -84,12 +94,13 @@ DEVICES = {
                     },
                 ),
                 "sinks": Order(
-                    ("fa4", "triton"),
-                    ("fa4", "triton"),
+                    ("fa4", "triton", "flex"),
+                    ("fa4", "triton", "flex"),
                     {
                         "sinks, causal 4x16x4096x64": {
-                            "fa4": (0.2938, 1.055),
-                            "triton": (0.3089, 1.248),
+                            "fa4": (0.2926, 1.071),
+                            "triton": (0.3082, 1.208),
+                            "flex": (0.4433, 1.755),
                         },
                     },
                 ),
@@ -114,19 +125,26 @@ DEVICES = {
                         },
                     },
                 ),
+                "few logits": Order(
+                    ("sdpa", "fa4", "triton", "flex"),
+                    ("triton", "sdpa", "fa4", "flex"),
+                    {
+                        "full 8x16x512x64": {
+                            "sdpa": (0.03753, 0.3041),
+                            "fa4": (0.04958, 0.3881),
+                            "triton": (0.03633, 0.4397),
+                            "flex": (0.2097, 0.9855),
+                        },
+                    },
+                ),
                 "short sequences": Order(
                     ("sdpa", "triton", "fa4"),
                     ("sdpa", "triton", "fa4"),
                     {
-                        "full 8x16x512x64": {
-                            "sdpa": (0.04112, 0.1963),
-                            "triton": (0.04291, 0.2605),
-                            "fa4": (0.07321, 0.3784),
-                        },
                         "full 64x16x256x64": {
-                            "sdpa": (0.05389, 0.3227),
-                            "triton": (0.06404, 0.3523),
-                            "fa4": (0.09725, 0.3518),
+                            "sdpa": (0.05409, 0.3282),
+                            "triton": (0.06403, 0.3841),
+                            "fa4": (0.09746, 0.3987),
                         },
                         "causal 64x16x256x64": {
                             "sdpa": (0.05057, 0.3023),
@@ -178,9 +196,9 @@ DEVICES = {
                     ("fa4", "triton", "sdpa"),
                     {
                         "8 documents, causal 1x16x16384x128": {
-                            "fa4": (0.271, 1.064),
-                            "triton": (0.3368, 1.362),
-                            "sdpa": (11.97, 29.78),
+                            "fa4": (0.2711, 1.061),
+                            "triton": (0.3502, 1.413),
+                            "sdpa": (12.03, 29.81),
                         },
                     },
                 ),
@@ -199,13 +217,14 @@ DEVICES = {
                     },
                 ),
                 "a window": Order(
-                    ("fa4", "triton", "sdpa"),
-                    ("fa4", "triton", "sdpa"),
+                    ("fa4", "triton", "flex", "sdpa"),
+                    ("fa4", "triton", "flex", "sdpa"),
                     {
                         "window 1024, causal 1x16x16384x128": {
-                            "fa4": (0.257, 1.037),
-                            "triton": (0.2869, 1.261),
-                            "sdpa": (13.29, 30.94),
+                            "fa4": (0.254, 1.028),
+                            "triton": (0.2858, 1.226),
+                            "flex": (0.4249, 1.521),
+                            "sdpa": (13.27, 30.86),
                         },
                     },
                 ),
@@ -231,34 +250,36 @@ DEVICES = {
                     },
                 ),
                 "head sizes up to 64": Order(
-                    ("fa4", "triton", "sdpa"),
-                    ("fa4", "triton", "sdpa"),
+                    ("fa4", "triton", "sdpa", "flex"),
+                    ("fa4", "triton", "sdpa", "flex"),
                     {
                         "causal 4x16x4096x64": {
-                            "fa4": (0.2939, 1.027),
-                            "triton": (0.305, 1.237),
-                            "sdpa": (0.3284, 1.27),
+                            "fa4": (0.293, 1.018),
+                            "triton": (0.3046, 1.175),
+                            "sdpa": (0.3286, 1.27),
+                            "flex": (0.4185, 1.718),
                         },
                         "full 4x16x4096x64": {
-                            "fa4": (0.509, 1.783),
-                            "triton": (0.5393, 2.164),
-                            "sdpa": (0.5687, 2.109),
+                            "fa4": (0.5032, 1.763),
+                            "triton": (0.533, 2.051),
+                            "sdpa": (0.5648, 2.095),
                         },
                     },
                 ),
                 "head sizes up to 128": Order(
-                    ("fa4", "sdpa", "triton"),
-                    ("fa4", "sdpa", "triton"),
+                    ("fa4", "sdpa", "triton", "flex"),
+                    ("fa4", "sdpa", "triton", "flex"),
                     {
                         "causal 4x16x4096x128": {
-                            "fa4": (0.4354, 1.706),
-                            "sdpa": (0.4784, 1.933),
-                            "triton": (0.4551, 2.133),
+                            "fa4": (0.4276, 1.684),
+                            "sdpa": (0.4701, 1.911),
+                            "triton": (0.4479, 1.917),
                         },
                         "full 4x16x4096x128": {
-                            "fa4": (0.773, 2.982),
-                            "sdpa": (0.8188, 3.305),
-                            "triton": (0.8196, 3.947),
+                            "fa4": (0.7615, 2.94),
+                            "sdpa": (0.8077, 3.26),
+                            "triton": (0.8095, 3.424),
+                            "flex": (1.135, 4.426),
                         },
                         "causal 1x32/8x8192x128": {
                             "fa4": (0.787, 3.171),
@@ -266,9 +287,9 @@ DEVICES = {
                             "triton": (0.8309, 4.235),
                         },
                         "causal 1x16x16384x128": {
-                            "fa4": (1.54, 5.677),
-                            "sdpa": (1.743, 6.506),
-                            "triton": (1.58, 7.29),
+                            "fa4": (1.512, 5.596),
+                            "sdpa": (1.721, 6.429),
+                            "triton": (1.559, 6.647),
                         },
                         "causal 4x16x4096x96": {
                             "fa4": (0.3796, 1.424),
@@ -295,11 +316,12 @@ DEVICES = {
                 "a key mask": Order(("triton",), ("triton",), {}),
                 "lengths": Order(("cudnn", "fa4", "triton"), ("cudnn", "fa4", "triton"), {}),
                 "sinks": Order(
-                    ("triton",),
-                    ("triton",),
+                    ("fa3", "triton"),
+                    ("fa3", "triton"),
                     {
                         "sinks, causal 4x16x4096x64": {
-                            "triton": (0.3145, 1.259),
+                            "fa3": (0.3113, 1.07),
+                            "triton": (0.311, 1.216),
                         },
                     },
                 ),
@@ -314,8 +336,7 @@ DEVICES = {
                         },
                     },
                 ),
-                "very short sequences": Order(("fa4", "fa3", "cudnn", "triton"), ("fa4", "fa3", "cudnn", "triton"), {}),
-                "short sequences": Order(
+                "few logits": Order(
                     ("fa4", "fa3", "triton", "cudnn"),
                     ("fa4", "fa3", "triton", "cudnn"),
                     {
@@ -327,21 +348,17 @@ DEVICES = {
                         },
                     },
                 ),
+                "very short sequences": Order(("fa4", "fa3", "cudnn", "triton"), ("fa4", "fa3", "cudnn", "triton"), {}),
+                "short sequences": Order(("fa4", "fa3", "cudnn", "triton"), ("fa4", "fa3", "cudnn", "triton"), {}),
                 "head sizes up to 64": Order(
                     ("fa3", "fa4", "triton", "cudnn"),
                     ("fa3", "fa4", "triton", "cudnn"),
                     {
                         "causal 4x16x4096x64": {
-                            "fa3": (0.2852, 0.9907),
-                            "fa4": (0.3406, 1.062),
-                            "triton": (0.3101, 1.247),
-                            "cudnn": (0.3424, 1.354),
-                        },
-                        "full 4x16x4096x64": {
-                            "fa3": (0.5206, 1.797),
-                            "fa4": (0.5023, 1.783),
-                            "triton": (0.5526, 2.167),
-                            "cudnn": (0.5912, 2.174),
+                            "fa3": (0.2846, 0.9849),
+                            "fa4": (0.338, 1.06),
+                            "triton": (0.3098, 1.184),
+                            "cudnn": (0.346, 1.349),
                         },
                     },
                 ),
@@ -360,9 +377,9 @@ DEVICES = {
                     ("fa3", "fa4", "triton"),
                     {
                         "8 documents, causal 1x16x16384x128": {
-                            "fa3": (0.2533, 1.046),
-                            "fa4": (0.2738, 1.074),
-                            "triton": (0.3572, 1.451),
+                            "fa3": (0.2491, 1.037),
+                            "fa4": (0.2744, 1.063),
+                            "triton": (0.3601, 1.45),
                         },
                     },
                 ),
@@ -376,14 +393,14 @@ DEVICES = {
                     },
                 ),
                 "a window": Order(
-                    ("fa3", "fa4", "cudnn", "triton"),
-                    ("fa3", "fa4", "cudnn", "triton"),
+                    ("fa3", "fa4", "triton", "cudnn"),
+                    ("fa3", "fa4", "triton", "cudnn"),
                     {
                         "window 1024, causal 1x16x16384x128": {
-                            "fa3": (0.2499, 1.054),
-                            "fa4": (0.2716, 1.064),
-                            "cudnn": (0.2977, 1.29),
-                            "triton": (0.2918, 1.339),
+                            "fa3": (0.2466, 1.048),
+                            "fa4": (0.2707, 1.057),
+                            "triton": (0.2919, 1.238),
+                            "cudnn": (0.2998, 1.299),
                         },
                     },
                 ),
@@ -397,20 +414,20 @@ DEVICES = {
                     },
                 ),
                 "head sizes up to 128": Order(
-                    ("fa3", "fa4", "cudnn", "triton"),
-                    ("fa3", "fa4", "cudnn", "triton"),
+                    ("fa3", "fa4", "triton", "cudnn"),
+                    ("fa3", "fa4", "triton", "cudnn"),
                     {
                         "causal 4x16x4096x128": {
-                            "fa3": (0.4054, 1.674),
-                            "fa4": (0.4533, 1.73),
-                            "cudnn": (0.5013, 2.091),
-                            "triton": (0.4583, 2.287),
+                            "fa3": (0.3979, 1.639),
+                            "fa4": (0.4447, 1.731),
+                            "triton": (0.4524, 1.932),
+                            "cudnn": (0.4892, 2.049),
                         },
                         "full 4x16x4096x128": {
-                            "fa3": (0.7644, 3.034),
-                            "fa4": (0.7701, 3.001),
-                            "cudnn": (0.8443, 3.437),
-                            "triton": (0.818, 4.587),
+                            "fa3": (0.7465, 2.986),
+                            "fa4": (0.762, 2.945),
+                            "triton": (0.8063, 3.452),
+                            "cudnn": (0.8389, 3.413),
                         },
                     },
                 ),
