@@ -32,8 +32,8 @@ HEAD = {"numpy", "einops", "packaging", "click", "rich"}
 # Which are imported where a kernel is launched, and nowhere else.
 KERNELS = tuple(
     f"attend_shared.kernels.{name}"
-    for name in ("attention", "bounds", "dropout", "gradients", "hopper", "keys", "narrow", "queries", "sinks", "tiles",
-                 "visits")
+    for name in ("attention", "bounds", "dropout", "gradients", "groups", "hopper", "keys", "narrow", "queries",
+                 "sinks", "tiles", "visits")
 )  # fmt: skip
 
 

@@ -20,27 +20,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from attend_shared.kernels.narrow import BFLOAT16, BOTH, FLOAT16, _tiles
+from attend_shared.kernels.groups import ROWS, in_words, operand, tile_of, tiles_of
 from attend_shared.kernels.visits import _blocks, _blocks_up, _clip
 
 NOTHING = gl.constexpr(float("-inf"))
-ROWS = gl.constexpr(64)  # keys of a group of warps
 GROUPS = gl.constexpr(2)
 BM = gl.constexpr(64)  # queries of a block
-
-
-@gluon.jit
-def _tile(k, N, blocks, together):
-    """The k-th tile of a program: its item and head of keys in one number, and its block of keys.
-
-    Of so many heads together the first keys, which causal lets most queries see, come first.
-    """
-    programs, me = gl.num_programs(0), gl.program_id(0)
-    at = k * programs + gl.where(k % 2 == 0, me, programs - 1 - me)
-    before = at // (together * blocks) * together
-    heads = gl.minimum(together, N - before)
-    at -= before * blocks
-    return before + at % heads, at // heads
 
 
 @gluon.jit
@@ -76,8 +61,8 @@ def _load(
     """Of each tile keys and values; then block after block of queries, dout and what is known of their rows."""
     HK = H // GROUP
     count = 0
-    for tile in range(_tiles(blocks, N)):
-        n, block = _tile(tile, N, blocks, together)
+    for tile in range(tiles_of(blocks, N)):
+        n, block = tile_of(tile, N, blocks, together)
         b, hk, first = n // HK, n % HK, block * (GROUPS * ROWS)
         start, stop = _loaded(block, I, low, high, LEFT, RIGHT)
         bar = kv_loaded.index(0)
@@ -135,27 +120,10 @@ def _of_rows(known, WHICH: gl.constexpr, LOGITS: gl.constexpr):
 
 
 @gluon.jit
-def _words(x, dtype: gl.constexpr):
-    """Rounded, two in a word: the compiler would carry them unrounded to the turn that multiplies them."""
-    low, up = x.reshape((ROWS, BM // 2, 2)).split()
-    return gl.inline_asm_elementwise(
-        BFLOAT16 if dtype == gl.bfloat16 else FLOAT16, "=r,f,f", [low, up], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
 def _summed(words, block, acc, dtype: gl.constexpr, D: gl.constexpr):
     """Ask for the sum of a block's rows, by such words."""
-    if dtype == gl.bfloat16:
-        low, up = gl.inline_asm_elementwise(
-            BOTH, "=h,=h,r", [words], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
-        )
-    else:
-        low, up = gl.inline_asm_elementwise(
-            BOTH, "=h,=h,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
-        )
-    operand = gl.convert_layout(gl.join(low, up).reshape((ROWS, BM)), gl.DotOperandLayout(0, acc.type.layout, 2))
-    return warpgroup_mma(operand, block.reshape((BM, D)), acc, is_async=True)
+    rows = operand(words, acc, dtype, BM)
+    return warpgroup_mma(rows, block.reshape((BM, D)), acc, is_async=True)
 
 
 @gluon.jit
@@ -183,7 +151,7 @@ def _turn(
     if LEFT or RIGHT:
         s = _masked(s, cut, begin, least, most, LOGITS, LEFT, RIGHT)
     p = gl.exp2(s * factor - m[None, :])
-    weights = _words(p, dtype)
+    weights = in_words(p, dtype, BM)
     dv = _summed(weights, outs_of.index(at), dv, dtype, D)
     if FIRST:
         dp = warpgroup_mma_wait(1, deps=(dp,))
@@ -191,7 +159,7 @@ def _turn(
         dp, dk, ds = warpgroup_mma_wait(1, deps=(dp, dk, ds))
         mbarrier.arrive(done.index(before), count=1)
     slope = _of_rows(known_of.index(at), 1, LOGITS)
-    ds = _words(p * (dp - slope[None, :]), dtype)
+    ds = in_words(p * (dp - slope[None, :]), dtype, BM)
     dv, weights = warpgroup_mma_wait(0, deps=(dv, weights))  # ptxas would serialise what runs on
     return dk, dv, ds
 
@@ -210,8 +178,8 @@ def _sum(
     OWN: gl.constexpr = ROOM and (LEFT or RIGHT)
     HK = H // GROUP
     count = 0  # of blocks so far
-    for tile in range(_tiles(blocks, N)):
-        n, block = _tile(tile, N, blocks, together)
+    for tile in range(tiles_of(blocks, N)):
+        n, block = tile_of(tile, N, blocks, together)
         start, stop = _loaded(block, I, low, high, LEFT, RIGHT)
         if OWN:  # without what only the other group sees
             begin, whole_from, whole_to, end = _seen_by(block * GROUPS + WHICH, I, low, high, ROWS, LEFT, RIGHT)
@@ -236,7 +204,7 @@ def _sum(
         for _ in range(GROUP):
             if OWN:
                 _give_back(count, begin - start, loaded, done, STAGES)
-            ds = _words(gl.zeros((ROWS, BM), gl.float32, LOGITS), dtype)
+            ds = in_words(gl.zeros((ROWS, BM), gl.float32, LOGITS), dtype, BM)
             behind = count - start
             dk, dv, ds = _turn(
                 behind + begin, begin * BM, (begin < whole_from) | (begin >= whole_to), keys, values, queries_of,

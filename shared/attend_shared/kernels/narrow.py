@@ -14,33 +14,22 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from attend_shared.kernels import plan
 from attend_shared.kernels.attention import with_sink
+from attend_shared.kernels.groups import ROWS, fetch, in_words, operand, tile_of, tiles_of
 
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(plan.LOG2E)
 LEAST = gl.constexpr(-3.4028234663852886e38)
 NOTHING = gl.constexpr(float("-inf"))
-ROWS = gl.constexpr(64)  # of a group of warps
 GROUPS = gl.constexpr(3)
 D = gl.constexpr(64)
 BN = gl.constexpr(plan.NARROW.keys)
 STAGES = gl.constexpr(plan.NARROW.stages)
 LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.NARROW.keys, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
-BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
-BOTH = gl.constexpr("mov.b32 {$0, $1}, $2;")
-
-
-@gluon.jit
-def _tiles(blocks, N):
-    """How many tiles a program has: one of each run of as many as there are programs, from either end in turn."""
-    programs, me = gl.num_programs(0), gl.program_id(0)
-    runs, rest = blocks * N // programs, blocks * N % programs
-    return runs + gl.where(gl.where(runs % 2 == 0, me, programs - 1 - me) < rest, 1, 0)
 
 
 @gluon.jit
@@ -49,20 +38,10 @@ def _tile(k, N, blocks, together, J, high):
 
     Of so many heads together the longest rows come first. One block at least is looked at.
     """
-    programs, me = gl.num_programs(0), gl.program_id(0)
-    at = k * programs + gl.where(k % 2 == 0, me, programs - 1 - me)
-    before = at // (together * blocks) * together
-    heads = gl.minimum(together, N - before)
-    at -= before * blocks
-    first = (blocks - 1 - at // heads) * (GROUPS * ROWS)
+    n, block = tile_of(k, N, blocks, together)
+    first = (blocks - 1 - block) * (GROUPS * ROWS)
     stop = gl.minimum(J // BN, (gl.maximum(first + GROUPS * ROWS + high, 0) + BN - 1) // BN)
-    return before + at % heads, first, gl.maximum(stop, 1)
-
-
-@gluon.jit
-def _fetch(array, item, head, first, place, loaded):
-    """Begin to load rows of a head."""
-    tma.async_copy_global_to_shared(array, [item, head, first, 0], loaded, place)
+    return n, first, gl.maximum(stop, 1)
 
 
 @gluon.jit
@@ -73,27 +52,27 @@ def _load(
 ):  # fmt: skip
     """Of each tile the queries and the first block of keys; then values of each block and keys of the next together."""
     count = 0
-    for tile in range(_tiles(blocks, N)):
+    for tile in range(tiles_of(blocks, N)):
         n, first, stop = _tile(tile, N, blocks, together, J, high)
         b, h, hk = n // H, n % H, n % H // GROUP
         place = tile % 2
         mbarrier.wait(q_done.index(place), (tile // 2) & 1 ^ 1)
         mbarrier.expect(q_loaded.index(place), GROUPS * ROWS * D * 2)
         for group in gl.static_range(GROUPS):
-            _fetch(q, b * QB, h * QH, first + group * ROWS, queries_of.index(place * GROUPS + group),
+            fetch(q, b * QB, h * QH, first + group * ROWS, queries_of.index(place * GROUPS + group),
                    q_loaded.index(place))  # fmt: skip
         mbarrier.wait(first_done.index(0), tile & 1 ^ 1)
         mbarrier.expect(first_loaded.index(0), BN * D * 2)
-        _fetch(k, b * KB, hk * KH, 0, keys_of.index(STAGES), first_loaded.index(0))
+        fetch(k, b * KB, hk * KH, 0, keys_of.index(STAGES), first_loaded.index(0))
         for turn in range(stop):
             at = count % STAGES
             mbarrier.wait(done.index(at), (count // STAGES) & 1 ^ 1)
             if turn < stop - 1:
                 mbarrier.expect(loaded.index(at), 2 * BN * D * 2)
-                _fetch(k, b * KB, hk * KH, turn * BN + BN, keys_of.index(at), loaded.index(at))
+                fetch(k, b * KB, hk * KH, turn * BN + BN, keys_of.index(at), loaded.index(at))
             else:
                 mbarrier.expect(loaded.index(at), BN * D * 2)
-            _fetch(v, b * VB, hk * VH, turn * BN, values_of.index(at), loaded.index(at))
+            fetch(v, b * VB, hk * VH, turn * BN, values_of.index(at), loaded.index(at))
             count += 1
 
 
@@ -105,9 +84,8 @@ def _parts(p):
 
 @gluon.jit
 def _weights(s, m, total, begin, rows, high, factor, dtype: gl.constexpr, CUT: gl.constexpr):
-    """Products to weights, not yet over their total; what the sums so far shrink by; largest logit, parts of the total.
-
-    Weights are rounded here, two in a word: the compiler would carry them unrounded to the turn that multiplies them.
+    """Products to weights, in words, not yet over their total; what the sums so far shrink by; largest logit, parts of
+    the total.
     """
     if CUT:  # the bits of a column by which threads differ are on the other side: what stays is a constant
         columns = gl.arange(0, BN, gl.SliceLayout(0, LOGITS))[None, :]
@@ -117,25 +95,7 @@ def _weights(s, m, total, begin, rows, high, factor, dtype: gl.constexpr, CUT: g
     p = gl.exp2(s * factor - shift[:, None])
     shrink = gl.exp2(m - shift)
     total = total * gl.convert_layout(shrink, gl.SliceLayout(1, total.type.layout))[:, None] + _parts(p)
-    low, up = p.reshape((ROWS, BN // 2, 2)).split()
-    words = gl.inline_asm_elementwise(
-        BFLOAT16 if dtype == gl.bfloat16 else FLOAT16, "=r,f,f", [low, up], dtype=gl.int32, is_pure=False, pack=1
-    )
-    return words, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), new, total
-
-
-@gluon.jit
-def _operand(words, dtype: gl.constexpr):
-    """Weights as the product with values takes them."""
-    if dtype == gl.bfloat16:
-        low, up = gl.inline_asm_elementwise(
-            BOTH, "=h,=h,r", [words], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
-        )
-    else:
-        low, up = gl.inline_asm_elementwise(
-            BOTH, "=h,=h,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
-        )
-    return gl.convert_layout(gl.join(low, up).reshape((ROWS, BN)), gl.DotOperandLayout(0, SUMS, 2))
+    return in_words(p, dtype, BN), gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), new, total
 
 
 @gluon.jit
@@ -147,7 +107,7 @@ def _turn(
     at = count % STAGES
     zeros = gl.zeros((ROWS, BN), gl.float32, LOGITS)
     mbarrier.wait(loaded.index(at), (count // STAGES) & 1)
-    acc = warpgroup_mma(_operand(words, dtype), values_of.index(at).reshape((BN, D)), acc, is_async=True)
+    acc = warpgroup_mma(operand(words, acc, dtype, BN), values_of.index(at).reshape((BN, D)), acc, is_async=True)
     keys = keys_of.index(at).reshape((BN, D)).permute((1, 0))
     s = warpgroup_mma(queries, keys, zeros, use_acc=False, is_async=True)
     acc, s, words = warpgroup_mma_wait(0, deps=(acc, s, words))
@@ -165,7 +125,7 @@ def _attend(
     """out, lse and what the way back takes of 64 queries of each tile."""
     dtype: gl.constexpr = out.dtype.element_ty
     count = 0  # of blocks of the tiles before
-    for tile in range(_tiles(blocks, N)):
+    for tile in range(tiles_of(blocks, N)):
         n, first, stop = _tile(tile, N, blocks, together, J, high)
         first += WHICH * ROWS
         rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
@@ -196,7 +156,7 @@ def _attend(
         mbarrier.arrive(q_done.index(place), count=1)
         at = (count + last - 1) % STAGES
         mbarrier.wait(loaded.index(at), ((count + last - 1) // STAGES) & 1)
-        acc = warpgroup_mma(_operand(words, dtype), values_of.index(at).reshape((BN, D)), acc)
+        acc = warpgroup_mma(operand(words, acc, dtype, BN), values_of.index(at).reshape((BN, D)), acc)
         mbarrier.arrive(done.index(at), count=1)
         for turn in range(last, stop):  # what only the other groups see is given back unread
             at = (count + turn) % STAGES

@@ -13,23 +13,11 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from attend_shared.kernels.groups import ROWS, fetch, in_words, operand, tile_of, tiles_of
 from attend_shared.kernels.hopper import _masked
 from attend_shared.kernels.visits import _blocks, _blocks_up, _clip
-
-ROWS = gl.constexpr(64)  # of a group of warps
-FLOAT16 = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
-BFLOAT16 = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
-BOTH = gl.constexpr("mov.b32 {$0, $1}, $2;")
-
-
-@gluon.jit
-def _tiles(blocks, N):
-    """How many tiles a program has: one of each run of as many as there are programs, from either end in turn."""
-    programs, me = gl.num_programs(0), gl.program_id(0)
-    runs, rest = blocks * N // programs, blocks * N % programs
-    return runs + gl.where(gl.where(runs % 2 == 0, me, programs - 1 - me) < rest, 1, 0)
 
 
 @gluon.jit
@@ -37,12 +25,8 @@ def _tile(k, N, blocks, together, GROUPS: gl.constexpr):
     """The k-th tile of a program: its item and head in one number, and its first query. Of so many heads together the
     longest rows come first.
     """
-    programs, me = gl.num_programs(0), gl.program_id(0)
-    at = k * programs + gl.where(k % 2 == 0, me, programs - 1 - me)
-    before = at // (together * blocks) * together
-    heads = gl.minimum(together, N - before)
-    at -= before * blocks
-    return before + at % heads, (blocks - 1 - at // heads) * (GROUPS * ROWS)
+    n, block = tile_of(k, N, blocks, together)
+    return n, (blocks - 1 - block) * (GROUPS * ROWS)
 
 
 @gluon.jit
@@ -62,12 +46,6 @@ def _span(
 
 
 @gluon.jit
-def _fetch(array, item, head, first, place, loaded):
-    """Begin to load rows of a head."""
-    tma.async_copy_global_to_shared(array, [item, head, first, 0], loaded, place)
-
-
-@gluon.jit
 def _load(
     q, dout, k, v, N, H, J, blocks, together, low, high, places, bars,
     GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
@@ -79,7 +57,7 @@ def _load(
     queries_of, douts_of, keys_of, values_of = places
     q_loaded, q_done, k_loaded, k_done, v_loaded, v_done = bars
     count = 0
-    for tile in range(_tiles(blocks, N)):
+    for tile in range(tiles_of(blocks, N)):
         n, first = _tile(tile, N, blocks, together, GROUPS)
         b, h, hk = n // H, n % H, n % H // GROUP
         start, _, _, stop = _span(first, J, low, high, GROUPS * ROWS, BN, LEFT, RIGHT)
@@ -87,17 +65,17 @@ def _load(
             place = tile % TILES * GROUPS + group
             mbarrier.wait(q_done.index(place), (tile // TILES) & 1 ^ 1)
             mbarrier.expect(q_loaded.index(place), 2 * ROWS * D * 2)
-            _fetch(q, b * QB, h * QH, first + group * ROWS, queries_of.index(place), q_loaded.index(place))
-            _fetch(dout, b * DOB, h * DOH, first + group * ROWS, douts_of.index(place), q_loaded.index(place))
+            fetch(q, b * QB, h * QH, first + group * ROWS, queries_of.index(place), q_loaded.index(place))
+            fetch(dout, b * DOB, h * DOH, first + group * ROWS, douts_of.index(place), q_loaded.index(place))
         for turn in range(start, stop):
             at = count % STAGES_K
             mbarrier.wait(k_done.index(at), (count // STAGES_K) & 1 ^ 1)
             mbarrier.expect(k_loaded.index(at), BN * D * 2)
-            _fetch(k, b * KB, hk * KH, turn * BN, keys_of.index(at), k_loaded.index(at))
+            fetch(k, b * KB, hk * KH, turn * BN, keys_of.index(at), k_loaded.index(at))
             at = count % STAGES_V
             mbarrier.wait(v_done.index(at), (count // STAGES_V) & 1 ^ 1)
             mbarrier.expect(v_loaded.index(at), BN * D * 2)
-            _fetch(v, b * VB, hk * VH, turn * BN, values_of.index(at), v_loaded.index(at))
+            fetch(v, b * VB, hk * VH, turn * BN, values_of.index(at), v_loaded.index(at))
             count += 1
 
 
@@ -130,25 +108,8 @@ def _hold(p, spare, BN: gl.constexpr):
 
 @gluon.jit
 def _words(p, dp, slope, dtype: gl.constexpr, BN: gl.constexpr):
-    """Gradients of logits rounded, two in a word: the compiler would carry them unrounded to where they are read."""
-    low, up = (p * (dp - slope[:, None])).reshape((ROWS, BN // 2, 2)).split()
-    return gl.inline_asm_elementwise(
-        BFLOAT16 if dtype == gl.bfloat16 else FLOAT16, "=r,f,f", [low, up], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _operand(words, dtype: gl.constexpr, BN: gl.constexpr, SUMS: gl.constexpr):
-    """These as the product with keys takes them."""
-    if dtype == gl.bfloat16:
-        low, up = gl.inline_asm_elementwise(
-            BOTH, "=h,=h,r", [words], dtype=(gl.bfloat16, gl.bfloat16), is_pure=True, pack=1
-        )
-    else:
-        low, up = gl.inline_asm_elementwise(
-            BOTH, "=h,=h,r", [words], dtype=(gl.float16, gl.float16), is_pure=True, pack=1
-        )
-    return gl.convert_layout(gl.join(low, up).reshape((ROWS, BN)), gl.DotOperandLayout(0, SUMS, 2))
+    """Gradients of logits, in words."""
+    return in_words(p * (dp - slope[:, None]), dtype, BN)
 
 
 @gluon.jit
@@ -166,7 +127,7 @@ def _turn(
     mbarrier.wait(k_loaded.index(at_k), (ahead // STAGES_K) & 1)
     keys = keys_of.index(at_k).reshape((BN, D)).permute((1, 0))
     s = warpgroup_mma(queries, keys, zeros, use_acc=False, is_async=True)
-    acc = warpgroup_mma(_operand(words, dtype, BN, SUMS), keys_of.index(old).reshape((BN, D)), acc, is_async=True)
+    acc = warpgroup_mma(operand(words, acc, dtype, BN), keys_of.index(old).reshape((BN, D)), acc, is_async=True)
     mbarrier.wait(v_loaded.index(at_v), (ahead // STAGES_V) & 1)
     values = values_of.index(at_v).reshape((BN, D)).permute((1, 0))
     dp = warpgroup_mma(douts, values, zeros, use_acc=False, is_async=True)
@@ -195,7 +156,7 @@ def _attend(
     q_loaded, q_done, k_loaded, k_done, v_loaded, v_done = bars
     spare = spares.index(WHICH)
     count = 0  # of blocks of the tiles before
-    for tile in range(_tiles(blocks, N)):
+    for tile in range(tiles_of(blocks, N)):
         n, begin = _tile(tile, N, blocks, together, GROUPS)
         from_block, _, _, to_block = _span(begin, J, low, high, GROUPS * ROWS, BN, LEFT, RIGHT)
         first = begin + WHICH * ROWS
@@ -245,7 +206,7 @@ def _attend(
                         least, most, factor, LOGITS, SUMS, D, BN, True, LEFT, RIGHT, STAGES_K, STAGES_V, dtype,
                     )  # fmt: skip
             at_k = (behind + stop - 1) % STAGES_K
-            acc = warpgroup_mma(_operand(words, dtype, BN, SUMS), keys_of.index(at_k).reshape((BN, D)), acc)
+            acc = warpgroup_mma(operand(words, acc, dtype, BN), keys_of.index(at_k).reshape((BN, D)), acc)
             mbarrier.arrive(k_done.index(at_k), count=1)
         mbarrier.arrive(q_done.index(place), count=1)
         for turn in range(stop, to_block):
