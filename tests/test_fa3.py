@@ -263,6 +263,25 @@ def test_rows_without_a_key(fakes: None, i: int, j: int, empty: slice, options: 
         assert not x[:, :, empty].any()
 
 
+def test_rows_without_a_key_beside_sinks(fakes: None) -> None:
+    """A sink of -inf is none: such a row has nothing at all, and is 0."""
+    sinks = jnp.array([0.5, -jnp.inf, 40.0, -jnp.inf], jnp.bfloat16)
+
+    def evaluated(name: str, dtype: Any) -> tuple[np.ndarray, ...]:
+        q, k, v, dout = (draw(1, h, n, 16, seed=n).astype(dtype) for h, n in ((4, 5), (2, 3), (2, 3), (4, 5)))
+        out, pull = jax.vjp(
+            lambda q, k, v, sinks: attend_jax.attend(
+                q, k, v, sinks=sinks, is_causal=True, q_offset=-2, implementation=name
+            ), q, k, v, sinks.astype(dtype),
+        )  # fmt: skip
+        return tuple(np.asarray(x, np.float64) for x in (out, *pull(dout)))
+
+    ours, theirs = evaluated("fa3", jnp.bfloat16), evaluated("einsum", jnp.float32)
+    for mine, its in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, its, atol=0.03, rtol=0.02)
+    assert not ours[0][:, :, :2].any()
+
+
 def test_transforms(fakes: None) -> None:
     """Lanes are items of one call; forward mode raises."""
     q, k, v = draw(3, 2, 4, 7, 8), draw(2, 2, 7, 8, seed=1), draw(3, 2, 2, 7, 8, seed=2)
