@@ -56,7 +56,7 @@ def available() -> bool:
 
 
 def call(launch: Launch, inputs: Sequence[Any], outputs: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
-    """The outputs of a launch of a kernel of `attend_shared.kernels.hopper`, `keys` or `narrow`."""
+    """The outputs of a launch of a kernel in Gluon."""
     dtypes = tuple(str(x.dtype) for x in (*inputs, *outputs))
     given = tuple((launch.blocks.get(name or ""), dtype) for name, dtype in zip(launch.inputs, dtypes, strict=False))
     made = compiled(launch, dtypes)

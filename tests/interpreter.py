@@ -85,7 +85,7 @@ def visits() -> dict[str, list[int]]:
         return make(self, *arguments)
 
     interpreter.InterpreterBuilder.create_dot = count
-    run = triton._run
+    run = triton.run
     found: dict[str, list[int]] = {}
 
     def run_each(kernels: Any, arrays: Any) -> None:
@@ -97,7 +97,7 @@ def visits() -> dict[str, list[int]]:
             if kernel.launch.kernel in products:
                 found[name].append(dots // products[kernel.launch.kernel])
 
-    triton._run = run_each
+    triton.run = run_each
     x = torch.zeros(1, 1, 256, 16, requires_grad=True)
     plans.SMALL_TILES = (plans.SMALL_TILES[1],) * 2
     for name, options in calls.items():
@@ -126,7 +126,7 @@ def whole() -> dict[str, list[float] | str]:
         "left padding, packed": {"mask": (n >= 70)[None], "is_causal": True, "q_offset": -1},
         "documents of 128, one dead key": {"q_segment_ids": n[None] // 128, "mask": dead},
     }
-    run = triton._run
+    run = triton.run
     spoilt: tuple[str, ...] = ()
 
     def run_each(kernels: Any, arrays: Any) -> None:
@@ -142,7 +142,7 @@ def whole() -> dict[str, list[float] | str]:
             run([kernel], arrays)
             arrays |= kept
 
-    triton._run = run_each
+    triton.run = run_each
     plans.SMALL_TILES = (plans.SMALL_TILES[1],) * 2
     found: dict[str, list[float] | str] = {}
     for name, options in calls.items():
@@ -189,7 +189,7 @@ def packed() -> dict[str, list[str]]:
         arrays = Arrays(q, k, k, torch.from_numpy(mask)[:, None, None], kv_lengths=lengths)
         call = check(FRAMEWORK, arrays, False, None, None, None, 0.0, False, "bhnd", None)
         plan, known = triton._prepare(call, arrays)
-        triton._run(plan.forward[:2], known)
+        triton.run(plan.forward[:2], known)
         there = mask & (np.arange(j) < lengths.numpy()[:, None])
         before, wrong = known["before"].numpy(), []
         groups = plan.forward[1].launch.constants["G"]
@@ -225,14 +225,14 @@ def biases() -> dict[str, list[str]]:
         "of five items": (5, (1, 1, 18, 20), half, half, {}),
         "of two items in float32": (2, (1, 1, 18, 20), torch.float32, torch.float32, {}),
     }  # fmt: skip
-    together, run, launched = plans._together, triton._run, list[str]()
+    together, run, launched = plans._together, triton.run, list[str]()
     found: dict[str, list[str]] = {}
 
     def run_all(kernels: Any, arrays: Any) -> None:
         launched.extend(kernel.launch.kernel for kernel in kernels if "bias_" in kernel.launch.kernel)
         run(kernels, arrays)
 
-    triton._run = run_all
+    triton.run = run_all
     for name, (items, shape, dtype, of_bias, options) in calls.items():
         heads = 2 if name == "of all heads" else 1
         wide = [draw(items, heads, n, 16, seed=seed) for seed, n in enumerate((18, 20, 20))]

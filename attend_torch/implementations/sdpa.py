@@ -111,6 +111,7 @@ def plain(call: Call) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], to
 
 attend.plain = plain  # type: ignore[attr-defined]
 
+
 def _mask(call: Call, arrays: Arrays) -> torch.Tensor | None:
     """What torch calls attn_mask: bool on a CPU; additive with a bias, and on a GPU.
 

@@ -432,12 +432,7 @@ def ready(launches: Sequence[Launch]) -> Kernels:
 
 
 def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
-    """Run what `ready` gave, in order; "q" among the arrays says on which device."""
-    _run(kernels, arrays)
-
-
-def _run(kernels: Sequence[_Kernel], arrays: dict[str, Tensor]) -> None:
-    """Run them in order."""
+    """Run them in order, their outputs put among the arrays, of which "q" says on which device."""
     if plans.INTERPRETED:
         for kernel in kernels:
             kernel(arrays, -1, 0, False)
@@ -445,7 +440,7 @@ def _run(kernels: Sequence[_Kernel], arrays: dict[str, Tensor]) -> None:
     device, driver = arrays["q"].get_device(), _driver()
     if device != driver.device():
         with torch.cuda.device(device):
-            return _run(kernels, arrays)
+            return run(kernels, arrays)
     stream, heard = driver.stream(device), _is_heard(driver.knobs.runtime)
     for kernel in kernels:
         kernel(arrays, device, stream, heard)
@@ -483,7 +478,7 @@ def _turned(call: Call, x: Tensor) -> Tensor:
 def _forward(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     """What was launched, and its arrays by name: inputs and outputs, out (b h i dv) among them."""
     plan, known = _prepare(call, arrays)
-    _run(plan.forward, known)
+    run(plan.forward, known)
     known["out"] = _turned(call, known["out"])
     return plan, known
 
@@ -513,7 +508,7 @@ def _gradients(
     if dlse is not None:
         known["dlse"] = dlse.resolve_neg().contiguous()
     has_bounds = bool(plan.bounds) and all(name in known for name in plan.bounds)
-    _run(plan.backward(known["dout"].stride()[:3], wanted[3], dlse is not None, has_bounds), known)
+    run(plan.backward(known["dout"].stride()[:3], wanted[3], dlse is not None, has_bounds), known)
     found = [known[name] if wants else None for name, wants in zip(GRADIENTS, wanted, strict=True)]
     if call.layout == "bnhd":
         found[:3] = [None if x is None else _turned(call, x) for x in found[:3]]

@@ -1,4 +1,7 @@
-"""What dsinks of FlashAttention's packages launches, `attend_shared.kernels.sinks`: data, for torch and JAX alike."""
+"""What dsinks of half precision launches, `attend_shared.kernels.sinks`: data, for torch and JAX alike.
+
+`launches` is for FlashAttention's packages; `plan` has for `triton` what it shares with them.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from attend_shared.call import FAR
-from attend_shared.kernels.plan import MANY, PADDED, ROWS, Launch, Output, Strides, _cdiv, _padded
+from attend_shared.kernels.plan import MANY, PADDED, ROWS, Launch, Output, Strides, _cdiv, _far, _padded
 
 LANES = 8192  # numbers of a tile of keys
-
-
 WEIGHED = "term", "weight", "largest", "squares"
 
 
@@ -84,7 +84,7 @@ def launches(rows: Rows, q: Strides, k: Strides, v: Strides, out: Strides, dout:
     (ob, oh, on), (dob, doh, don) = out, dout
     dlse = "dlse" if rows.dlse else None
     lengths = "q_lengths" if rows.q_lengths else None, "kv_lengths" if rows.kv_lengths else None
-    left, right = (0 if x is None else max(-FAR, min(FAR, x)) for x in (rows.left, rows.right))
+    left, right = (0 if x is None else _far(x) for x in (rows.left, rows.right))
     units = tuple(x // unit for of in (q, k, v, dout) for x in of[:2])
     return (
         Launch(

@@ -110,8 +110,8 @@ class Layout(NamedTuple):
         at: q_offset where it is a number.
         one_id: whether q_segment_ids and kv_segment_ids are the same array.
         capability: the compute capability of the GPU, such as "9.0": what tiles fit it, how float32 is multiplied.
-        gluon: whether this GPU runs the kernels of `hopper` and `narrow`; the rows of what those take must begin at
-            multiples of 16 bytes.
+        gluon: whether this GPU runs the kernels in Gluon; the rows of what those take must begin at multiples of 16
+            bytes.
     """
 
     q: Strides
@@ -201,7 +201,7 @@ PLAIN_KEYS = 1024  # from which on it is faster: there is one program of it a mu
 WIDE = 512  # keys of a window, from which on it is faster: a tile costs it as much as 4 blocks of keys do
 LONG = 8192  # keys, beyond which rows are so long that a program has one head: few programs end apart
 MANY_TILES = 2**12  # too many to go through them one by one when a call is planned
-PERSISTENT = 132  # programs of narrow, each of which goes over its share of the tiles
+PERSISTENT = 132  # programs that stay, one a multiprocessor, each of which goes over its share of the tiles
 NEIGHBOURS = 2**16, 2**17, 2**18  # keys of the heads whose longest rows come first; the L2 cache holds twice the first
 NARROW = Tile(192, 128, 4, 3)  # of narrow.narrow, the same
 NARROW_KEYS = 2048  # the same
@@ -210,7 +210,7 @@ LONG_KEYS_SEEN = {64: 2048, 128: 1024}  # by how many queries, on average, from 
 LONG_KEYS_TILES = 67  # from which on half as many keys a program would not use more multiprocessors
 TOGETHER = 1, 2, 3, 6, 11, 16, 22, 33  # heads of which the first tiles of keys come first: as many as are tried
 LONG_QUERIES = {64: Tile(192, 64, 4, 4), 128: Tile(128, 64, 4, 5)}  # of queries.long_query_gradients, by d: the same
-LONG_QUERIES_ROOM = {64: (1, 4), 128: (1, 4)}  # for rows of q and dout of so many tiles; for blocks of values
+LONG_QUERIES_ROOM = 1, 4  # for rows of q and dout of so many tiles; for blocks of values
 LONG_QUERIES_KEYS = {64: (4096, 4096), 128: (1024, 2048)}  # the same, by d; where positions rule out some
 LONG_QUERIES_WIDE = 1024  # keys of a window, from which on it is faster
 SUMS = "join", "row_sums", "weigh_rows", "sum_rows", "sum_sinks"  # kernels that sum what they load
@@ -226,7 +226,7 @@ PADDED = 128  # the rows of what the way back takes of each row are a multiple o
 DRAWN = Tile(128, 128, 1, 1) if INTERPRETED else Tile(128, 32, 2, 1)  # of `draw`, at a time
 DRAWN_TURNS = 4  # times, in a program
 MUCH_DRAWN = 0 if INTERPRETED else 2**22  # pairs, from which on drawing them anew costs more than a launch
-PROGRAMS = 8 * 132  # that fill a GPU
+PROGRAMS = 8 * PERSISTENT  # that fill a GPU
 PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
 
 
@@ -299,24 +299,42 @@ def parts(call: Call, capability: str) -> int:
 
 def _is_plain(call: Call, layout: Layout) -> bool:
     """Whether `hopper.plain` makes the same, faster: nothing but a window."""
-    if call.left is not None and call.left + 1 + (call.j if call.right is None else call.right) < WIDE:
-        return False
-    return _is_long(call, layout, 128, PLAIN_KEYS, PLAIN) and call.sinks is None
+    return _is_long(call, layout, 128, PLAIN_KEYS, PLAIN) and _width(call) >= WIDE and call.sinks is None
 
 
 def _is_long(call: Call, layout: Layout, d: int, keys: int, size: Tile) -> bool:
-    """Whether it has long rows of this size in whole blocks, and nothing but a window and sinks.
+    """Whether it has long rows of this size in whole blocks, and nothing but a window and sinks."""
+    if call.j < keys or call.i < size.queries or call.j % size.keys or call.scale <= 0:
+        return False
+    return _is_bare(call, layout, d)
+
+
+def _is_bare(call: Call, layout: Layout, d: int) -> bool:
+    """Whether kernels in Gluon take it: rows of this size in half precision, and nothing but a window and sinks.
 
     Never by how arrays lie: then the bits would hang on it.
     """
-    if not layout.gluon or call.j < keys or not call.d == call.dv == d or call.dtype == "float32":
-        return False
-    if call.i < size.queries or call.j % size.keys or call.scale <= 0:
+    if not layout.gluon or not call.d == call.dv == d or call.dtype == "float32":
         return False
     if call.offset == "data" and (layout.offset or layout.at not in (0, call.j - call.i)):
         return False  # other numbers are data in JAX
     arrays = (call.mask, call.bias, call.softcap)
     return all(x is None for x in arrays) and not (call.segments or call.q_lengths or call.kv_lengths or call.dropout)
+
+
+def _width(call: Call) -> int:
+    """How many keys the window of a query has at most."""
+    return call.j if call.left is None else call.left + 1 + (call.j if call.right is None else call.right)
+
+
+def _far(x: int) -> int:
+    """A bound, no further than counts."""
+    return max(-FAR, min(FAR, x))
+
+
+def _several(**strides: Strides) -> dict[str, int]:
+    """By name and axis: 0 where all items ("B") or heads ("H") are one in memory, else 1."""
+    return {name + axis: min(step, 1) for name, of in strides.items() for axis, step in zip("BH", of, strict=False)}
 
 
 def _heads_each(call: Call) -> int:
@@ -327,21 +345,20 @@ def _heads_each(call: Call) -> int:
     if call.left is None and call.j > LONG:
         return 1
     turns, heads = _cdiv(call.i, PLAIN.queries), call.b * call.h
-    return min((4, 2, 1), key=lambda each: _cdiv(turns * _cdiv(heads, each), PROGRAMS // 8) * (16 * each + 1))
+    return min((4, 2, 1), key=lambda each: _cdiv(turns * _cdiv(heads, each), PERSISTENT) * (16 * each + 1))
 
 
 def _plain(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
     at, left, right, *_ = shared.rest
     q, k, v = shared.layout[:3]
-    low, high = (max(-FAR, min(FAR, x)) for x in (at - left, at + right))
+    low, high = _far(at - left), _far(at + right)
     each = _heads_each(call)
     return Launch(
         "plain", (_cdiv(call.i, PLAIN.queries), _cdiv(call.b * call.h, each), 1),
         ("q", "k", "v"),
         (call.b * call.h, call.h, call.i, call.j, shared.rows, low, high, shared.factor), results,
-        {"GROUP": call.h // call.hk, "D": call.d, "BN": PLAIN.keys, "EACH": each,
-         "QB": min(q[0], 1), "QH": min(q[1], 1), "KB": min(k[0], 1), "KH": min(k[1], 1), "VB": min(v[0], 1),
-         "VH": min(v[1], 1), "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None,
+        {"GROUP": call.h // call.hk, "D": call.d, "BN": PLAIN.keys, "EACH": each, **_several(Q=q, K=k, V=v),
+         "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None,
          "STAGES_K": PLAIN.stages, "STAGES_V": PLAIN.stages},
         PLAIN.warps, 1, "hopper",
         {"q": _blocks(call, q, call.h, call.i, PLAIN.queries // 2), "k": _blocks(call, k, call.hk, call.j, PLAIN.keys),
@@ -356,16 +373,15 @@ def _is_narrow(call: Call, layout: Layout) -> bool:
 
 def _narrow(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
     at, _, right, *_ = shared.rest
-    high = FAR if call.right is None else max(-FAR, min(FAR, at + right))
+    high = FAR if call.right is None else _far(at + right)
     q, k, v = shared.layout[:3]
     heads, blocks = call.b * call.h, _cdiv(call.i, NARROW.queries)
     return Launch(
         "narrow", (min(PERSISTENT, heads * blocks), 1, 1), ("q", "k", "v", "sinks" if call.sinks else None),
         (heads, call.h, call.i, call.j, shared.rows, blocks, _neighbours(heads, blocks, call.j, high), high,
          shared.factor), results,
-        {"GROUP": call.h // call.hk, "QB": min(q[0], 1), "QH": min(q[1], 1), "KB": min(k[0], 1), "KH": min(k[1], 1),
-         "VB": min(v[0], 1), "VH": min(v[1], 1), "BNHD": shared.bnhd, "SINKS": call.sinks is not None,
-         "EXACT": _exact(call)},
+        {"GROUP": call.h // call.hk, **_several(Q=q, K=k, V=v), "BNHD": shared.bnhd,
+         "SINKS": call.sinks is not None, "EXACT": _exact(call)},
         NARROW.warps, 1, "narrow",
         {"q": _blocks(call, q, call.h, call.i, NARROW.queries // 3),
          "k": _blocks(call, k, call.hk, call.j, NARROW.keys), "v": _blocks(call, v, call.hk, call.j, NARROW.keys)},
@@ -374,30 +390,28 @@ def _narrow(call: Call, shared: _Shared, results: tuple[Output, ...]) -> Launch:
 
 def _takes_long_queries(call: Call, layout: Layout) -> bool:
     """Whether `queries.long_query_gradients` makes dq, faster: nothing but a window or sinks, causal rows of 64."""
-    d, left, right = call.d, call.left, call.right
-    if d not in LONG_QUERIES or (d == 64 and (left is not None or right is None)):
+    d = call.d
+    if d not in LONG_QUERIES or (d == 64 and (call.left is not None or call.right is None)):
         return False
-    if left is not None and left + 1 + (call.j if right is None else right) < LONG_QUERIES_WIDE:
-        return False
-    return _is_long(call, layout, d, LONG_QUERIES_KEYS[d][call.positional], LONG_QUERIES[d])
+    wide = call.left is None or _width(call) >= LONG_QUERIES_WIDE
+    return wide and _is_long(call, layout, d, LONG_QUERIES_KEYS[d][call.positional], LONG_QUERIES[d])
 
 
 def _long_queries(call: Call, shared: _Shared, dout: Strides) -> Launch:
     at, left, right, *_ = shared.rest
-    low = -FAR if call.left is None else max(-FAR, min(FAR, at - left))
-    high = FAR if call.right is None else max(-FAR, min(FAR, at + right))
+    low = -FAR if call.left is None else _far(at - left)
+    high = FAR if call.right is None else _far(at + right)
     (q, k, v), size, rows = shared.layout[:3], LONG_QUERIES[call.d], 64
     heads, blocks = call.b * call.h, _cdiv(call.i, size.queries)
-    tiles, values = LONG_QUERIES_ROOM[call.d]
+    tiles, values = LONG_QUERIES_ROOM
     sizes = tuple(1 << n for n in range(heads.bit_length()))
     together = _neighbours(heads, blocks, call.j, high, size, low, sizes, 1.05)
     return Launch(
         "long_query_gradients", (min(PERSISTENT, heads * blocks), 1, 1), ("q", "k", "v", "dout", "known"),
         (heads, call.h, call.i, call.j, shared.rows, blocks, together, low, high, shared.factor, call.scale),
         (Output("dq", shared.shape(call.h, call.i, call.d), call.dtype),),
-        {"GROUP": call.h // call.hk, "D": call.d, "BN": size.keys, "GROUPS": size.queries // rows, "QB": min(q[0], 1),
-         "QH": min(q[1], 1), "KB": min(k[0], 1), "KH": min(k[1], 1), "VB": min(v[0], 1), "VH": min(v[1], 1),
-         "DOB": min(dout[0], 1), "DOH": min(dout[1], 1), "BNHD": shared.bnhd, "LEFT": call.left is not None,
+        {"GROUP": call.h // call.hk, "D": call.d, "BN": size.keys, "GROUPS": size.queries // rows,
+         **_several(Q=q, K=k, V=v, DO=dout), "BNHD": shared.bnhd, "LEFT": call.left is not None,
          "RIGHT": call.right is not None, "TILES": tiles, "STAGES_K": size.stages, "STAGES_V": values},
         size.warps, 1, "queries",
         {"q": _blocks(call, q, call.h, call.i, rows), "k": _blocks(call, k, call.hk, call.j, size.keys),
@@ -436,25 +450,20 @@ def _neighbours(
 
 def _takes_long_keys(call: Call, layout: Layout) -> bool:
     """Whether `keys.long_key_gradients` makes dk and dv, faster: nothing but a window and sinks."""
-    if not layout.gluon or call.d not in LONG_KEYS_SEEN or call.d != call.dv or call.dtype == "float32":
+    if call.d not in LONG_KEYS_SEEN or not _is_bare(call, layout, call.d):
         return False
-    if call.offset == "data" and (layout.offset or layout.at not in (0, call.j - call.i)):
-        return False  # other numbers are data in JAX
     seen = call.i  # by queries, a key
     if call.left is not None and call.right is not None:
         seen = min(seen, call.left + call.right + 1)
     elif call.left is not None or call.right is not None:
         seen //= 2
     few = call.b * call.hk * _cdiv(call.j, LONG_KEYS.keys) < LONG_KEYS_TILES
-    if few or call.j < LONG_KEYS.keys or seen < LONG_KEYS_SEEN[call.d]:
-        return False
-    others = (call.mask, call.bias, call.softcap)
-    return all(x is None for x in others) and not (call.segments or call.q_lengths or call.kv_lengths or call.dropout)
+    return not few and call.j >= LONG_KEYS.keys and seen >= LONG_KEYS_SEEN[call.d]
 
 
 def _long_keys(call: Call, shared: _Shared, dout: Strides) -> Launch:
     at, left, right, *_ = shared.rest
-    low, high = (max(-FAR, min(FAR, x)) for x in (at - left, at + right))
+    low, high = _far(at - left), _far(at + right)
     (q, k, v), size, group = shared.layout[:3], LONG_KEYS, call.h // call.hk
     heads, blocks, most = call.b * call.hk, _cdiv(call.j, size.keys), _cdiv(call.i, size.queries)
     costs = []
@@ -468,9 +477,8 @@ def _long_keys(call: Call, shared: _Shared, dout: Strides) -> Launch:
         (heads, call.h, call.i, call.j, blocks, together, low, high, shared.factor, call.scale),
         (Output("dk", shared.shape(call.hk, call.j, call.d), call.dtype),
          Output("dv", shared.shape(call.hk, call.j, call.d), call.dtype)),
-        {"GROUP": group, "D": call.d, "STAGES": size.stages, "QB": min(q[0], 1), "QH": min(q[1], 1),
-         "KB": min(k[0], 1), "KH": min(k[1], 1), "VB": min(v[0], 1), "VH": min(v[1], 1), "DOB": min(dout[0], 1),
-         "DOH": min(dout[1], 1), "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None},
+        {"GROUP": group, "D": call.d, "STAGES": size.stages, **_several(Q=q, K=k, V=v, DO=dout),
+         "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None},
         size.warps, 1, "keys",
         {"q": _blocks(call, q, call.h, call.i, size.queries), "k": _blocks(call, k, call.hk, call.j, size.keys // 2),
          "v": _blocks(call, v, call.hk, call.j, size.keys // 2),
@@ -726,8 +734,7 @@ class _Shared:
         self.bias, self.bias_unit = _in_units(layout.bias, 8)
         self.pairs = (*self.mask[:3], *self.bias[:3])
         left, right = (0 if x is None else min(x, 2 * FAR) for x in (call.left, call.right))
-        at = {"zero": 0, "end": call.j - call.i, "data": layout.at}[call.offset]
-        at = max(-FAR, min(FAR, at))
+        at = _far({"zero": 0, "end": call.j - call.i, "data": layout.at}[call.offset])
         self.rest = (at, left, right, self.factor, self.cap, self.kept)
 
     @property

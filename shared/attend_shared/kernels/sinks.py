@@ -1,4 +1,4 @@
-"""dsinks of kernels that keep out in half precision, for FlashAttention's packages.
+"""dsinks of kernels that keep out in half precision: of `triton`, and of FlashAttention's packages.
 
     dsinks = -sum over rows of share * delta,   share = exp(sink - lse),   delta = dout . out - dlse
 
