@@ -15,13 +15,18 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
+import triton as language
+import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from triton.runtime import interpreter
 
 from attend_shared import cases, compare
 from attend_shared.call import Arrays, check
+from attend_shared.dtypes import round_to
 from attend_shared.kernels import plan as plans
+from attend_shared.kernels import tiles
+from attend_shared.problems import Problem
 from attend_torch import attend, bridge
 from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import triton
@@ -339,6 +344,44 @@ def drawn() -> dict[str, str]:
     return found
 
 
+@language.jit
+def _tanh_of(x, y, N: tl.constexpr):
+    lanes = tl.arange(0, N)
+    tl.store(y + lanes, tiles._tanh(tl.load(x + lanes), 0.25, 3.0))
+
+
+def softcap() -> dict[str, Any]:
+    """tanh's largest error of itself, beside NumPy's, and what comes of numbers that are none; then calls of a few keys
+    whose logits are so small that an ulp of the cap shows.
+    """
+    found: dict[str, Any] = {}
+    for name, (least, most) in {"small": (1e-6, tiles.SMALL), "large": (tiles.SMALL, 20.0)}.items():
+        x = torch.linspace(least, most, 2**12) * torch.tensor([1.0, -1.0]).repeat(2**11)
+        y, true = torch.empty_like(x), 3 * np.tanh(x.double().numpy())
+        _tanh_of[1,](4 * x, y, x.numel())
+        found[name] = float(np.abs(y.numpy() / true - 1).max())
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0, 1e38, -1e-38, 2.0])
+    y = torch.empty_like(x)
+    _tanh_of[1,](x, y, 8)
+    found["edges"] = [str(round(n, 4)) for n in y.tolist()]
+    for name, finer in {"plain": "", "a finer bias": "bias", "finer sinks": "sinks"}.items():
+        random = np.random.default_rng(12)
+        q, k, v, cotangent = (round_to(random.standard_normal((1, 2, n, 16)), "bfloat16") for n in (15, 8, 8, 15))
+        more = {"bias": (1, 2, 15, 8), "sinks": (2,)}
+        has = {x: random.standard_normal(shape).astype(np.float32) for x, shape in more.items() if x == finer}
+        problem = Problem(
+            {"q": q, "k": k, "v": v, "softcap": 50.0, **has},
+            dict.fromkeys("qkv", "bfloat16") | dict.fromkeys(has, "float32"),
+            cotangent, random.standard_normal((1, 2, 15)).astype(np.float32), "contiguous",
+        )  # fmt: skip
+        try:
+            compare.check(bridge.evaluate(problem, "triton"), problem)
+            found[name] = "ok"
+        except compare.Mismatch as mismatch:
+            found[name] = str(mismatch)
+    return found
+
+
 def in_torch() -> dict[str, str]:
     """What surrounds the kernels in torch, against einsum."""
     q, k, v = (draw(2, 2, 20, 8, seed=n).requires_grad_() for n in range(3))
@@ -438,7 +481,7 @@ def coarse_sinks(*names: str) -> dict[str, Any]:
 
 TASKS: dict[str, Callable[..., Any]] = {
     "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "drawn": drawn, "torch": in_torch,
-    "biases": biases, "huge": huge, "sinks": coarse_sinks,
+    "biases": biases, "huge": huge, "softcap": softcap, "sinks": coarse_sinks,
 }  # fmt: skip
 
 if __name__ == "__main__":

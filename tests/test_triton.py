@@ -144,6 +144,15 @@ def test_a_bias_has_its_gradient_with_dq() -> None:
     }
 
 
+def test_a_softcap_is_exact_where_logits_are_small() -> None:
+    """To some ulp of themselves: an ulp of a cap of 50 is more than lse, and a finer bias's gradient, may be off by."""
+    found = interpret("softcap")
+    assert found.pop("small") < 1.5e-7
+    assert found.pop("large") < 2.5e-7
+    assert found.pop("edges") == ["3.0", "-3.0", "nan", "0.0", "-0.0", "3.0", "-0.0", "1.3864"]
+    assert found == dict.fromkeys(("plain", "a finer bias", "finer sinks"), "ok")
+
+
 def test_a_bias_may_be_as_large_as_numbers_go() -> None:
     """Exponents are taken in powers of 2 where that loses nothing."""
     for name, (off, of_lse) in interpret("huge").items():

@@ -38,6 +38,7 @@ from attend_shared.kernels.tiles import (
     _load,
     _logits,
     _pairs,
+    _tanh,
 )
 from attend_shared.kernels.visits import PADDED, _item_and_head, _visited_keys, length_of
 
@@ -172,10 +173,9 @@ def forward(
         heads = (n % H).to(tl.int64)
         rows = first + local
     b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
-    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
     i_end, j_end, low, high, start, whole_from, whole_to, stop, behind, seen_from, seen_to = _visited_keys(
         q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
-        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, PACKED, REST, Q_LENGTHS, KV_LENGTHS,
+        BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, PACKED, False, Q_LENGTHS, KV_LENGTHS,
     )  # fmt: skip
     if SPLIT:
         part, parts = tl.program_id(2), tl.num_programs(2)
@@ -202,8 +202,7 @@ def forward(
     tile_q = _load(q, of_q, tl.arange(0, BD)[None, :], alive_rows[:, None], D, BD, False)
     q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
 
-    LATE: tl.constexpr = REST or (BASE2 and POSITIVE and not SOFTCAP)  # the factor comes with the exponent
-    late = 2 * cap if REST else factor
+    LATE: tl.constexpr = BASE2 and POSITIVE and not SOFTCAP  # the factor comes with the exponent
     UNITS: tl.constexpr = BIAS and not (PRECISE or BASE2)
     m = tl.full((BM,), NOTHING, tl.float32)
     unit = _unit(m)
@@ -214,8 +213,7 @@ def forward(
     FRONT: tl.constexpr = LEFT or SEGMENTS
     BEHIND: tl.constexpr = RIGHT or SEGMENTS or PACKED
     CUTS: tl.constexpr = FRONT or BEHIND
-    # One loop, unless a whole block has a reciprocal for four of a row.
-    ONE: tl.constexpr = FULL and CUTS and not (SPLIT or REST or PACKED)
+    ONE: tl.constexpr = FULL and CUTS and not (SPLIT or PACKED)
     BEFORE: tl.constexpr = (FRONT or ALIVE or PACKED) and not (ONE or SPLIT)
     AFTER: tl.constexpr = (CUTS or SPLIT or not FULL) and not ONE
     # Loads ahead take registers, with which one more program would fit a multiprocessor. Not where masks or biases are
@@ -260,12 +258,14 @@ def forward(
                     D, BD, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
+                if SOFTCAP == 1:
+                    s = _tanh(s, factor, cap)
                 s, _ = _logits(
-                    s, seen, added, 1.0 if LATE and not REST else factor, 0.5 if REST else cap, MASK, BIAS, SOFTCAP,
-                    PRECISE, REST, (stage == 1) and not MASK,
+                    s, seen, added, 1.0 if LATE or SOFTCAP == 1 else factor, cap, MASK, BIAS,
+                    2 if SOFTCAP == 2 else 0, False, False,
                 )  # fmt: skip
                 if _is_cut(
-                    turn, seen_from, seen_to, stage, ONE or (PACKED and not (SPLIT or (REST and stage == 1))), FRONT,
+                    turn, seen_from, seen_to, stage, ONE or (PACKED and not SPLIT), FRONT,
                     BEHIND and (RIGHT or SEGMENTS or stage != 1),
                 ):  # fmt: skip
                     kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
@@ -277,9 +277,9 @@ def forward(
                         (stage != 1) and not RIGHT if PACKED else not FULL,
                     )  # fmt: skip
                 if LATE:
-                    new = tl.maximum(m, tl.max(s, 1) * late)
+                    new = tl.maximum(m, tl.max(s, 1) * factor)
                     shift = tl.where(new == NOTHING, 0.0, new)
-                    p = tl.exp2(s * late - shift[:, None])
+                    p = tl.exp2(s * factor - shift[:, None])
                     shrink = _exp(m - shift, BASE2)
                 elif UNITS:
                     new = tl.maximum(m, tl.max(s, 1))
@@ -311,8 +311,6 @@ def forward(
                         acc = _dot(rounded, tile_v, acc, WIDEN)
                 m = new
 
-    if REST:
-        m += cap
     if UNITS:  # what was subtracted is off by as much as it was rounded by
         off = tl.exp2(tl.where(m == NOTHING, 0.0, -tl.fma(m, unit, -(m * unit))))
         total *= off

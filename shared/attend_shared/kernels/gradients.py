@@ -174,7 +174,7 @@ def query_gradients(
     first64 = first.to(tl.int64)
     NEAR: tl.constexpr = THRESHOLD > 0 and not (MASK or BIAS or PRECISE)  # drawn or not: one order of sums
     rows, local, columns = first + tl.arange(0, BM), tl.arange(0, BM), _columns(BN, NEAR)
-    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
+    REST: tl.constexpr = SOFTCAP == 1 and BASE2
     i_end, j_end, low, high, start, whole_from, whole_to, stop, behind, seen_from, seen_to = _visited_keys(
         q_lengths, kv_lengths, q_offset, before, bounds, b, block, I, J, offset, left, right,
         BM, BN, G, LEFT, RIGHT, OFFSET, SEGMENTS, LISTED, PACKED, REST, Q_LENGTHS, KV_LENGTHS,
@@ -259,7 +259,7 @@ def query_gradients(
                 else:
                     added = 0.0
                 s, capped = _logits(
-                    s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST,
+                    s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, REST,
                     (stage == 1) and not MASK,
                 )  # fmt: skip
                 if not CUT_LAST and _is_cut(
@@ -392,7 +392,7 @@ def query_and_bias_gradients(
                     bias + begin64 * BJ, local[:, None] * bi * BIAS_UNIT, columns[None, :] * BJ, (rows < I)[:, None],
                     (begin + columns < J)[None, :], 0.0, EVEN_KEYS,
                 )  # fmt: skip
-            s, capped = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, PRECISE, False, False)
+            s, capped = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, False, False)
             s = _cut(
                 s, keys[None, :], rows[:, None] + low, rows[:, None] + high, 0, 0, alive[None, :], NOTHING, LEFT, RIGHT,
                 False, ALIVE or not EVEN,
@@ -495,7 +495,7 @@ def key_gradients(
     k += (b64 * kb + hk64 * kh) * UNIT + of_block * KN
     v += (b64 * vb + hk64 * vh) * UNIT + of_block * VN
     tile_k = _load(k, of_key[:, None] * KN, tl.arange(0, BD)[None, :], alive[:, None], D, BD, False)
-    REST: tl.constexpr = SOFTCAP and BASE2 and not PRECISE
+    REST: tl.constexpr = SOFTCAP == 1 and BASE2
     if REST:  # as in query_gradients
         scale = -scale
     QUADS: tl.constexpr = BN // 4 if BN < 32 else 8
@@ -551,7 +551,7 @@ def key_gradients(
                         bits = _bits_by_key(seed, of_head * WORDS, rows, first, P, BN, BM)
                     s = _dot(tile_k, tile_q, tl.zeros((BN, BM), tl.float32), WIDEN)
                     s, capped = _logits(
-                        s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, PRECISE, REST, False
+                        s, seen, added, 1.0 if LATE else factor, cap, MASK, BIAS, SOFTCAP, REST, False
                     )  # fmt: skip
                     if _is_cut(turn, whole_from, whole_to, stage, ONE, FRONT, BEHIND):
                         q_id = _ids(q_ids, b64, rows, I, EVEN, SEGMENTS)
@@ -699,7 +699,7 @@ def bias_gradients(
         s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
         q_id = _ids(q_ids, b64, rows, I, False, SEGMENTS)
         kv_id = _ids(kv_ids, b64, keys, J, EVEN_KEYS, SEGMENTS)
-        s, _ = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, PRECISE, False, False)
+        s, _ = _logits(s, seen, added, factor, cap, MASK, True, SOFTCAP, False, False)
         s = _cut(
             s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :], alive[None, :],
             NOTHING, LEFT, RIGHT, SEGMENTS, True,

@@ -747,6 +747,13 @@ class _Shared:
         return (self.call.b, length, heads, size) if self.bnhd else (self.call.b, heads, length, size)
 
     @property
+    def softcap(self) -> int:
+        """2 where gradients, of the bias, are so fine that an ulp of the cap is too much; 0 where there is none."""
+        if self.call.softcap is None:
+            return 0
+        return 2 if "float32" in (self.call.dtype, self.call.bias_dtype) else 1
+
+    @property
     def _widen(self) -> int:
         """What `_dot` is to do about what tensor cores, or the interpreter, have no products of."""
         if INTERPRETED:
@@ -781,7 +788,7 @@ class _Shared:
             "SEGMENTS": call.segments, "Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths,
             "ALIVE": self.ahead.listed, "PACKED": self.ahead.packed, "MASK": self.dense_mask,
             "BIAS": call.bias is not None, "SHARED": call.bias is not None and call.bias[0] < call.b,
-            "SOFTCAP": call.softcap is not None, "THRESHOLD": threshold(call.dropout) if call.dropout else 0,
+            "SOFTCAP": self.softcap, "THRESHOLD": threshold(call.dropout) if call.dropout else 0,
             "BASE2": self.base2, "POSITIVE": call.scale > 0, "EVEN": even, "EVEN_KEYS": call.j % size.keys == 0,
             "PRECISE": call.dtype == "float32", "WIDEN": self._widen,
         }  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import triton
 import triton.language as tl
 
@@ -133,7 +135,7 @@ def _rest(x, factor, TOGETHER: tl.constexpr):
 
 @triton.jit
 def _softcap(x, factor, cap, PRECISE: tl.constexpr):
-    """cap tanh(x factor), and the tanh."""
+    """cap tanh(x factor), and the tanh: to an ulp of 1, or PRECISE, of itself."""
     rest = _rest(x, factor, False)
     t, capped = 1 + 2 * rest, cap + (2 * cap) * rest
     if PRECISE:  # near 0 the difference above loses what the series has
@@ -145,6 +147,69 @@ def _softcap(x, factor, cap, PRECISE: tl.constexpr):
         t = tl.where(y < 0.16, x + x * y * series, t)
         capped = t * cap
     return capped, t
+
+
+# Up to |x| = SMALL tanh(x) is x times a polynomial of x^2, to 1.4e-7 of itself in float32: here of w = 2 x / SMALL, for
+# then one bit of w says which it is.
+SMALL = 0.5
+OF_X, OF_W = tl.constexpr(2 / SMALL), tl.constexpr(SMALL * plan.LOG2E)  # w / x; log2(exp(2 x)) / w
+TANH0, TANH1, TANH2 = tl.constexpr(0.25), tl.constexpr(-0.005208292), tl.constexpr(0.0001301248)
+TANH3, TANH4 = tl.constexpr(-3.2340133e-6), tl.constexpr(6.5364858e-8)
+
+
+def _made_anew(n: int) -> str:
+    """PTX for n neighbours: by tanh(x), of what the polynomial says, the bits of w, by and -2 by.
+
+    Whether more is done than to look hangs on the neighbours, but |w| < 2 alone says which of the two an x gets. The
+    highest bit of an exponent is set from 2 on, and in NaN.
+    """
+    bits = [f"${2 * n + k}" for k in range(n)]
+    larger = "".join(
+        f"""
+        mov.b32 w, {bits[k]};
+        mul.f32 e, w, 0f{struct.pack(">f", OF_W.value).hex()};
+        ex2.approx.ftz.f32 e, e;
+        add.f32 e, e, 0f3F800000;
+        rcp.approx.ftz.f32 e, e;
+        fma.rn.f32 e, e, ${4 * n}, ${3 * n};
+        abs.f32 w, w;
+        setp.lt.f32 small, w, 0f40000000;
+        selp.f32 ${k}, ${k}, e, small;"""
+        for k in range(n)
+    )
+    return f"""{{
+        .reg .pred any, small;
+        .reg .b32 all;
+        .reg .f32 w, e;
+        {" ".join(f"mov.f32 ${k}, ${n + k};" for k in range(n))}
+        mov.b32 all, {bits[0]};
+        {" ".join(f"or.b32 all, all, {x};" for x in bits[1:])}
+        and.b32 all, all, 0x40000000;
+        setp.ne.b32 any, all, 0;
+        @!any bra DONE;
+        {larger}
+        DONE:
+    }}"""
+
+
+PACK = tl.constexpr(16)  # a branch for so many
+MADE_ANEW = tl.constexpr(_made_anew(PACK.value))
+GIVEN = tl.constexpr(",".join(x for x in ("=&f", "f", "r", "f", "f") for _ in range(PACK.value)))
+
+
+@triton.jit
+def _tanh(x, factor, by):
+    """by tanh(x factor). Of what is small, as most of a softcap is, to some ulp, without the special function unit."""
+    w = x * (factor * OF_X)
+    y = w * w
+    t = (((TANH4 * by * y + TANH3 * by) * y + TANH2 * by) * y + TANH1 * by) * y + TANH0 * by
+    t *= w
+    if INTERPRETED:
+        return tl.where(tl.abs(w) < 2, t, by - 2 * by / (1 + tl.exp2(w * OF_W)))
+    bits = w.to(tl.int32, bitcast=True)
+    return tl.inline_asm_elementwise(
+        MADE_ANEW, GIVEN, [t, bits, by, -2 * by], dtype=tl.float32, is_pure=True, pack=PACK
+    )
 
 
 @triton.jit
@@ -198,19 +263,19 @@ def _ids(ids, b64, n, length, EVEN: tl.constexpr, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _logits(
-    s, seen, added, factor, cap, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, PRECISE: tl.constexpr,
-    REST: tl.constexpr, TOGETHER: tl.constexpr,
+    s, seen, added, factor, cap, MASK: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, REST: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Products to logits (times log2(e) where BASE2), -inf where a dense mask says so; and tanh of the softcap.
 
-    REST: logits less cap, 2 cap r, and r = (tanh - 1) / 2 instead of tanh.
+    SOFTCAP: 2: where an ulp of cap is too much. REST: logits less cap, 2 cap r, and r = (tanh - 1) / 2 instead of tanh.
     """
     capped = s
     if REST:
         capped = _rest(s, factor, TOGETHER)
         s = capped * (2 * cap)
     elif SOFTCAP:
-        s, capped = _softcap(s, factor, cap, PRECISE)
+        s, capped = _softcap(s, factor, cap, SOFTCAP == 2)
     else:
         s = s * factor
     if BIAS:
