@@ -60,11 +60,18 @@ def call(launch: Launch, inputs: Sequence[Any], outputs: Sequence[jax.ShapeDtype
     dtypes = tuple(str(x.dtype) for x in (*inputs, *outputs))
     given = tuple((launch.blocks.get(name or ""), dtype) for name, dtype in zip(launch.inputs, dtypes, strict=False))
     made = compiled(launch, dtypes)
-    config: Any = _encoded(made, launch.grid, launch.numbers, given, len(outputs))  # bytes, as jax-triton's
+    numbers = tuple(x for x, one in zip(launch.given, fixed(launch), strict=True) if not one)
+    config: Any = _encoded(made, launch.grid, numbers, given, len(outputs))  # bytes, as jax-triton's
     function = jax.ffi.ffi_call(
         "triton_kernel_call", outputs, custom_call_api_version=2, legacy_backend_config=config
     )  # fmt: skip
     return list(function(*inputs))
+
+
+def fixed(launch: Launch) -> list[bool]:
+    """Which numbers are fixed when it is compiled, as in torch: those that are 1, unless the kernel forbids it."""
+    parameters = launch.function.params[len(launch.inputs) :]
+    return [x == 1 and not each.do_not_specialize for x, each in zip(launch.given, parameters, strict=False)]
 
 
 def compiled(launch: Launch, dtypes: Sequence[str]) -> Compiled:
@@ -75,7 +82,8 @@ def compiled(launch: Launch, dtypes: Sequence[str]) -> Compiled:
     for name, (_, _, block) in launch.blocks.items():
         n = launch.inputs.index(name)
         pointers[n] = f"tensordesc<{SHORT[dtypes[n]]}{list(block)},{hopper.block_layout(block, dtypes[n])!r}>"
-    numbers = [("fp32" if isinstance(x, float) else "constexpr" if x == 1 else "i32") for x in launch.numbers]
+    numbers = ["constexpr" if one else "fp32" if isinstance(x, float) else "i32"
+               for x, one in zip(launch.given, fixed(launch), strict=True)]  # fmt: skip
     count = len(launch.inputs)
     kinds = (*pointers[:count], *numbers, *pointers[count:])
     return _compiled(launch.function, kinds, tuple(launch.constants.items()), launch.warps, launch.stages)
@@ -127,7 +135,7 @@ def _encoded(
             parameters += [gpu_triton.create_scalar_parameter(x, "i32") for x in blocks.shape]
             parameters += [gpu_triton.create_scalar_parameter(x, "i64") for x in blocks.strides]
     parameters += [gpu_triton.create_scalar_parameter(x, "fp32" if isinstance(x, float) else "i32")
-                   for x in numbers if isinstance(x, float) or x != 1]  # fmt: skip
+                   for x in numbers]  # fmt: skip
     parameters += [array] * outputs
     return zlib.compress(gpu_triton.TritonKernelCall(kernel, *grid, parameters).to_proto(made.name, b""))
 

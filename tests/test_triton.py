@@ -179,8 +179,16 @@ def test_what_the_interpreter_is_not_needed_for() -> None:
 
 def call_of(call: Call | None = None, **options: Any) -> Call:
     x = torch.empty(2, 4, 96, 64, dtype=torch.bfloat16, device="meta")
-    static = {name: options.pop(name, default) for name, default in
-              (("is_causal", False), ("window_size", None), ("softcap", None), ("scale", None), ("dropout", 0.0))}
+    static = {
+        name: options.pop(name, default)
+        for name, default in (
+            ("is_causal", False),
+            ("window_size", None),
+            ("softcap", None),
+            ("scale", None),
+            ("dropout", 0.0),
+        )
+    }
     arrays = Arrays(**{"q": x, "k": x, "v": x} | options)
     return check(FRAMEWORK, arrays, *static.values(), False, "bhnd", None)._replace(platform="cuda")
 
@@ -206,8 +214,10 @@ def test_where_it_cannot_run_it_says_why() -> None:
         assert rows["triton"].reason
 
 
-def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str], capability: int = 90) -> Any:
-    """What the GPU would run."""
+def compile_for_hopper(
+    launch: plans.Launch, dtypes: dict[str, str], capability: int = 90, told: bool = False
+) -> Any:  # fmt: skip
+    """What the GPU would run. told: whether the compiler is told which numbers are multiples of 16."""
     import triton as language
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -215,19 +225,18 @@ def compile_for_hopper(launch: plans.Launch, dtypes: dict[str, str], capability:
     kernel = launch.function
     short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "int32": "i32", "uint8": "u8",
              "int8": "i8", "bool": "i1"}  # fmt: skip
-    kinds = [("*" + short[dtypes[name or "q"]], None) for name in launch.inputs]
-    kinds += [("fp32", None) if isinstance(x, float) else ("constexpr", 1) if x == 1 else ("i32", None)
-              for x in launch.numbers]  # fmt: skip
-    kinds += [("*" + short[output.dtype], None) for output in launch.outputs]
-    names = kernel.arg_names[: len(kinds)]
-    signature = {name: kind for name, (kind, _) in zip(names, kinds, strict=True)}
-    constants = {name: value for name, (_, value) in zip(names, kinds, strict=True) if value is not None}
+    kinds = ["*" + short[dtypes[name or "q"]] for name in launch.inputs]
+    kinds += ["constexpr" if x == 1 else "fp32" if isinstance(x, float) else "i32" for x in launch.given]
+    kinds += ["*" + short[output.dtype] for output in launch.outputs]
+    signature = dict(zip(kernel.arg_names, kinds, strict=False))
+    multiples = {len(launch.inputs) + n for n, x in enumerate(launch.given) if told and x % 16 == 0}
     source = ASTSource(
         fn=kernel,
         signature=signature | dict.fromkeys(launch.constants, "constexpr"),
-        constexprs=constants | dict(launch.constants),
-        attrs={(n,): [["tt.divisibility", 16]] for n, (kind, _) in enumerate(kinds) if kind.startswith("*")},
-    )
+        constexprs={name: 1 for name, kind in signature.items() if kind == "constexpr"} | dict(launch.constants),
+        attrs={(n,): [["tt.divisibility", 16]] for n, kind in enumerate(kinds)
+               if kind.startswith("*") or (kind == "i32" and n in multiples)},
+    )  # fmt: skip
     assert {*signature, *launch.constants} == {*kernel.arg_names}
     options = {"num_warps": launch.warps, "num_stages": launch.stages}
     return language.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -274,19 +283,33 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
             assert foreign_addresses(disassembled(compiled.asm["cubin"])) == []
 
 
-def numbers_told_of(launch: plans.Launch) -> list[int]:
-    """Which of a launch's numbers Triton's launcher tells the compiler something of, but that they are 1."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
+def given_by_triton(launch: plans.Launch, backend: Any) -> list[tuple]:
+    """What Triton's launcher has the compiler know of each argument: its type or "constexpr", and what else."""
     from triton.runtime.jit import create_function_from_signature
 
     kernel = launch.function
-    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
     array = torch.empty(8, dtype=torch.bfloat16)
-    given = [*(array for _ in launch.inputs), *launch.numbers, *(array for _ in launch.outputs)]
-    _, told, _ = bind(*given, **launch.constants, num_warps=launch.warps)
-    of_numbers = told[len(launch.inputs) : len(launch.inputs) + len(launch.numbers)]
-    return [n for n, (kind, what) in enumerate(of_numbers) if kind != "constexpr" and what]
+    given = [*(array for _ in launch.inputs), *launch.given, *(array for _ in launch.outputs)]
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    known = bind(*given, **launch.constants, num_warps=launch.warps)[1]
+    return [(kind, None if what == "" else what) for kind, what in known]
+
+
+def given_by_jax(launch: plans.Launch, backend: Any) -> list[tuple]:
+    """The same of jax-triton 0.3.1: arrays are aligned, numbers are what they are, and what is 1 is fixed. And of what
+    launches kernels in Gluon.
+    """
+    from triton._C.libtriton import native_specialize_impl
+
+    array = SimpleNamespace(data_ptr=lambda: 16, dtype="bf16")
+    pointer = native_specialize_impl(backend, array, False, True, True)
+    numbers = [np.float32(x) if isinstance(x, float) else x for x in launch.given]
+    fixed = gluon.fixed(launch) if launch.gluon else [x == 1 for x in numbers]
+    kinds = [("constexpr", 1) if one else ("fp32" if isinstance(x, np.float32) else "i32", None)
+             for x, one in zip(numbers, fixed, strict=True)]  # fmt: skip
+    names = [name for name in launch.function.arg_names if name in launch.constants]
+    constants = [("constexpr", launch.constants[name]) for name in names]
+    return [*[pointer] * len(launch.inputs), *kinds, *[pointer] * len(launch.outputs), *constants]
 
 
 @pytest.mark.parametrize(
@@ -294,26 +317,46 @@ def numbers_told_of(launch: plans.Launch) -> list[int]:
     [
         {"is_causal": True, "sinks": torch.empty(4, device="meta"), "dropout": 0.1, "dropout_seed": 1},
         {"bias": torch.empty(1, 4, 96, 96, device="meta"), "mask": torch.empty(2, 96, dtype=torch.bool, device="meta")},
+        {"bias": torch.empty(1, 4, 96, 1, device="meta"), "scale": 1.0},
         {"q_segment_ids": torch.empty(2, 96, dtype=torch.int32, device="meta"), "window_size": (16, 16)},
+        {"mask": torch.empty(2, 96, dtype=torch.bool, device="meta"), "softcap": 16.0},
+        {"q_lengths": torch.empty(2, dtype=torch.int64, device="meta"), "scale": 16.0},
         {"q": torch.empty(2, 4, 1, 64, device="meta"), **{n: torch.empty(2, 4, 4096, 64, device="meta") for n in "kv"}},
+        {n: torch.empty(1, 1, 17, 16, dtype=torch.float16, device="meta") for n in "qkv"},
+        {n: torch.empty(2, 4, 2048, 256, dtype=torch.bfloat16, device="meta") for n in "qkv"},
         {n: torch.empty(2, 4, 2048, 64, dtype=torch.bfloat16, device="meta") for n in "qkv"},
         {n: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") for n in "qkv"},
+        {**{n: torch.empty(16, 16, 2048, 128, dtype=torch.bfloat16, device="meta") for n in "qkv"}, "is_causal": True},
     ],
-    ids=["sinks and dropout", "bias and key mask", "segments", "few queries", "narrow", "plain"],
-)
-def test_what_sums_what_it_loads_is_compiled_alike_in_both_frameworks(options: dict[str, Any]) -> None:
-    """jax-triton tells the compiler of no number that it is a multiple of 16: layouts, and so orders of sums, hang on
-    that.
-    """
-    call = call_of(**options)
+    ids=["sinks and dropout", "bias and key mask", "bias of queries", "segments", "softcap", "lengths", "few queries",
+         "one head", "long rows", "narrow", "plain", "long gradients"],
+)  # fmt: skip
+def test_both_frameworks_have_the_same_compiled(options: dict[str, Any]) -> None:
+    """So that the GPU runs the same instructions, whatever the compiler makes of them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    call, backend = call_of(**options), make_backend(GPUTarget("cuda", 90, 32))
     pairs = {name: tuple(np.cumprod((*shape[:0:-1], 1)[::-1]).tolist()) if shape else None
              for name, shape in (("mask", call.mask), ("bias", call.bias))}  # fmt: skip
     q, k = ((heads * n * call.d, n * call.d, call.d) for n, heads in ((call.i, call.h), (call.j, call.hk)))
     plan = plans.plan(call, plans.Layout(q, k, k, **pairs, gluon=True))
-    launches = (*plan.forward, *plan.backward(q, call.bias is not None, True, False))
-    told = {launch.kernel for launch in launches if numbers_told_of(launch)}
-    assert told
-    assert told.isdisjoint(plans.SUMS)
+    for launch in (*plan.forward, *plan.backward(q, call.bias is not None, True, False)):
+        assert given_by_triton(launch, backend) == given_by_jax(launch, backend)
+
+
+def test_kernels_know_which_lengths_are_multiples_whoever_launches_them() -> None:
+    q = torch.empty(2, 4, 2048, 64, dtype=torch.bfloat16, device="meta")
+    call = call_of(q=q, k=q, v=q, q_segment_ids=torch.empty(2, 2048, dtype=torch.int32, device="meta"))
+    strides = q.stride()[:3]
+    launches = plans.plan(call, plans.Layout(strides, strides, strides)).backward(strides, False, False, False)
+    launch = next(each for each in launches if each.kernel == "query_gradients")
+    dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype) | {"known": "float32"}
+    dtypes |= dict.fromkeys(("q_segment_ids", "kv_segment_ids", "bounds", "alive", "listed", "before"), "int32")
+    known, told = (compile_for_hopper(launch, dtypes, told=each).asm["ptx"] for each in (False, True))
+    assert known == told
+    odd = launch._replace(constants={**launch.constants, "I_UNIT": 1, "J_UNIT": 1})
+    assert compile_for_hopper(odd, dtypes).asm["ptx"] != known
 
 
 def test_what_makes_rows_anew_compiles_for_a_gpu() -> None:
@@ -666,8 +709,14 @@ MANY64 = {name: torch.empty(2, 4, 4096, 64, dtype=torch.bfloat16, device="meta")
         ({name: x[:, :, :1999] for name, x in MANY.items()}, True),
         ({"k": MANY["k"][:, :, :1152], "v": MANY["v"][:, :, :1152], "q_offset": 0}, True),  # 72 tiles
         ({"k": MANY["k"][:, :, :1024], "v": MANY["v"][:, :, :1024], "q_offset": 0}, False),  # 64
-        ({name: torch.empty(2, 64, 1024 if name == "q" else 127, 128, dtype=torch.bfloat16, device="meta")
-          for name in "qkv"} | {"q_offset": 0}, False),
+        (
+            {
+                name: torch.empty(2, 64, 1024 if name == "q" else 127, 128, dtype=torch.bfloat16, device="meta")
+                for name in "qkv"
+            }
+            | {"q_offset": 0},
+            False,
+        ),
         ({"scale": -1.0}, True),
         ({"sinks": torch.empty(4, dtype=torch.float64, device="meta")}, True),
         ({name: x.half() for name, x in MANY.items()}, True),
@@ -1016,7 +1065,7 @@ def test_the_kernel_of_dq_compiles_in_jax(rows: dict[str, Any], queries: int, wa
     for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d", "cvt.rn.bf16x2.f32"):
         assert instruction in made.ptx
     arguments = made.ptx.partition(".visible .entry long_query_gradients(")[2].partition(")")[0].count(".param")
-    assert arguments == len(launch.inputs) + 4 * 8 + sum(x != 1 for x in launch.numbers) + 1 + 2
+    assert arguments == len(launch.inputs) + 4 * 8 + len(launch.numbers) - sum(gluon.fixed(launch)) + 1 + 2
 
 
 @pytest.mark.parametrize(

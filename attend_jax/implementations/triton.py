@@ -199,7 +199,7 @@ def run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
         if launch.gluon:
             made = gluon.call(launch, given, outputs)
         else:
-            numbers = [np.float32(x) if isinstance(x, float) else x for x in launch.numbers]
+            numbers = [np.float32(x) if isinstance(x, float) else x for x in launch.given]
             made = jax_triton.triton_call(
                 *given, *numbers, kernel=launch.function, grid=launch.grid, name=launch.kernel, out_shape=outputs,
                 num_warps=launch.warps, num_stages=launch.stages, **launch.constants,

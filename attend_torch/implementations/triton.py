@@ -326,7 +326,7 @@ class _Kernel:
         launch, any_array = self.launch, arrays["q"]
         inputs = [any_array if name is None else arrays[name] for name in launch.inputs]
         compiled = self.kernel[launch.grid](
-            *self._described(inputs, arrays, _descriptor), *launch.numbers,
+            *self._described(inputs, arrays, _descriptor), *launch.given,
             *(arrays[name] for name in self.outputs), **launch.constants,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
@@ -356,7 +356,7 @@ def _launcher(compiled: Any, what: Launch, constants: tuple) -> Callable[[int, b
     """
     from triton.backends.nvidia import driver
 
-    grid, numbers = what.grid, what.numbers
+    grid, numbers = what.grid, what.given
     public, run = compiled[grid], compiled.run
     known = type(run) is driver.CudaLauncher and getattr(driver, "_BASE_ARGS_FORMAT", None) == KNOWN_FORM
     if not known or run.global_scratch_size or run.profile_scratch_size:

@@ -40,7 +40,7 @@ from attend_shared.kernels.tiles import (
     _pairs,
     _tanh,
 )
-from attend_shared.kernels.visits import PADDED, _item_and_head, _visited_keys, length_of
+from attend_shared.kernels.visits import PADDED, _item_and_head, _visited_keys, length_of, told
 
 HUGE = tl.constexpr(2.0**29)
 
@@ -149,7 +149,8 @@ def forward(
     ALIVE: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     SHARED: tl.constexpr, SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, EXACT: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, I_UNIT: tl.constexpr, J_UNIT: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    EXACT: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """out, lse, and what the way back needs: a row's largest logit and 1 / total, or both in one (BASE2).
 
@@ -157,6 +158,7 @@ def forward(
     program are the queries of all heads that read the same keys; its part of these is the third axis of the grid; and
     out, lse and top are the sum of values, total and largest logit of that part, which `join` joins.
     """
+    I, J = told(I, I_UNIT), told(J, J_UNIT)
     turns = tl.num_programs(0)
     block = turns - 1 - tl.program_id(0) if RIGHT else tl.program_id(0)  # the longest rows first
     n = _item_and_head(H // GROUP if SPLIT else H, SHARED)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from attend_shared.kernels.tiles import INTERPRETED
-from attend_shared.kernels.visits import PADDED, _blocks, _blocks_up, _reach, length_of
+from attend_shared.kernels.visits import PADDED, _blocks, _blocks_up, _reach, length_of, told
 
 
 @triton.jit
@@ -183,6 +183,7 @@ def draw(
 
     TURN: words at a time; TURNS: how often, in a program.
     """
+    P = told(P, PADDED)
     block, n, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = n // H, n % H
     first = block * BM

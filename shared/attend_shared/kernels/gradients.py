@@ -46,6 +46,7 @@ from attend_shared.kernels.visits import (
     _reach,
     _visited_keys,
     length_of,
+    told,
 )
 
 
@@ -159,12 +160,14 @@ def query_gradients(
     ALIVE: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     SHARED: tl.constexpr, SOFTCAP: tl.constexpr,
     THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr,
+    I_UNIT: tl.constexpr, J_UNIT: tl.constexpr,
     PRECISE: tl.constexpr, WIDEN: tl.constexpr, DRAWN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """dq of a block of queries, over the blocks of keys that the way forward visited.
 
     DRAWN, here and below: in the place of the seed stands what `draw` left, WORDS for each query.
     """
+    I, J = told(I, I_UNIT), told(J, J_UNIT)
     turns = tl.num_programs(0)
     block = turns - 1 - tl.program_id(0) if RIGHT else tl.program_id(0)
     n = _item_and_head(H, SHARED)
@@ -307,12 +310,15 @@ def query_and_bias_gradients(
     DON: tl.constexpr, MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
     BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr, Q_LENGTHS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, ALIVE: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
-    EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, ITEMS: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, I_UNIT: tl.constexpr, J_UNIT: tl.constexpr, PRECISE: tl.constexpr,
+    WIDEN: tl.constexpr,
+    ITEMS: tl.constexpr,
     EIGHT: tl.constexpr,
 ):  # fmt: skip
     """dq and dbias of a block of queries, for the ITEMS that have one bias: its tile is read and its gradient written
     once for all of them, and dq has the bits that query_gradients gives it.
     """
+    I, J = told(I, I_UNIT), told(J, J_UNIT)
     # Programs of many items are few: the longest rows of all heads first. Else those first that read the same keys.
     BLOCKS: tl.constexpr = 1 if ITEMS > 1 else 0
     block, n = tl.program_id(BLOCKS), tl.program_id(1 - BLOCKS)
@@ -434,13 +440,15 @@ def key_gradients(
     OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
     ALIVE: tl.constexpr, PACKED: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, SHARED: tl.constexpr,
     SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, DRAWN: tl.constexpr, WORDS: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, I_UNIT: tl.constexpr, J_UNIT: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    DRAWN: tl.constexpr, WORDS: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, over the heads that read it and the blocks of queries that see it.
 
     KEYS, VALUES: whether dk and dv are made: where rows are long the sums of both fill more registers than there are.
     """
+    I, J = told(I, I_UNIT), told(J, J_UNIT)
     block, HK = tl.program_id(0), H // GROUP
     n = _item_and_head(HK, SHARED)
     b, hk = n // HK, n % HK
@@ -627,10 +635,12 @@ def bias_gradients(
     DON: tl.constexpr, MASK_UNIT: tl.constexpr, MJ: tl.constexpr, BIAS_UNIT: tl.constexpr, BJ: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr, SEGMENTS: tl.constexpr, Q_LENGTHS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, ALIVE: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
-    EVEN_KEYS: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr, DRAWN: tl.constexpr, WORDS: tl.constexpr,
+    EVEN_KEYS: tl.constexpr, I_UNIT: tl.constexpr, J_UNIT: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
+    DRAWN: tl.constexpr, WORDS: tl.constexpr,
     ALL_B: tl.constexpr, ALL_H: tl.constexpr, ALL_I: tl.constexpr, ALL_J: tl.constexpr,
 ):  # fmt: skip
     """A tile of dbias: the sum over the axes along which the bias is one for all (ALL_), in one order."""
+    I, J = told(I, I_UNIT), told(J, J_UNIT)
     item_head = tl.program_id(2)
     heads = 1 if ALL_H else H
     local, columns = tl.arange(0, BM), tl.arange(0, BN)

@@ -83,16 +83,19 @@ class Launch(NamedTuple):
     def function(self) -> Any:
         """The kernel itself.
 
-        Triton's launcher tells the compiler which numbers are multiples of 16, and jax-triton does not. Loads are laid
-        out by that, and with them the order of a sum of what is loaded: of those neither is told. Sums of products are
-        laid out by the products.
+        Triton's launcher tells the compiler which numbers are multiples of 16, and jax-triton does not; what is laid
+        out by that has another order of its sums. So neither does: kernels say it, of lengths, by `visits.told`.
         """
         found = getattr(import_module(f"attend_shared.kernels.{self.module}"), self.kernel)
-        if self.kernel in SUMS:
-            parameters = getattr(found, "params", ())  # the interpreter's has none
-            for parameter in parameters[len(self.inputs) : len(self.inputs) + len(self.numbers)]:
-                parameter.do_not_specialize_on_alignment = True
+        parameters = getattr(found, "params", ())  # the interpreter's has none
+        for parameter in parameters[len(self.inputs) : len(self.inputs) + len(self.numbers)]:
+            parameter.do_not_specialize_on_alignment = True
         return found
+
+    @property
+    def given(self) -> tuple[int | float, ...]:
+        """The numbers as launchers get them: 1.0 is 1, which both fix when they compile; jax-triton fixes 1.0 too."""
+        return tuple(1 if x == 1 else x for x in self.numbers)
 
     @property
     def gluon(self) -> bool:
@@ -213,7 +216,6 @@ LONG_QUERIES = {64: Tile(192, 64, 4, 4), 128: Tile(128, 64, 4, 5)}  # of queries
 LONG_QUERIES_ROOM = 1, 4  # for rows of q and dout of so many tiles; for blocks of values
 LONG_QUERIES_KEYS = {64: (4096, 4096), 128: (1024, 2048)}  # the same, by d; where positions rule out some
 LONG_QUERIES_WIDE = 1024  # keys of a window, from which on it is faster
-SUMS = "join", "row_sums", "weigh_rows", "sum_rows", "sum_sinks"  # kernels that sum what they load
 ROWS = 64  # at a time, in row_sums
 MANY = 256  # at a time, in sum_sinks, key_ranges, pack_keys, overlaps and list_blocks
 WORDS = 32  # of a bit for each key, that a program of pack_keys does
@@ -790,8 +792,13 @@ class _Shared:
             "BIAS": call.bias is not None, "SHARED": call.bias is not None and call.bias[0] < call.b,
             "SOFTCAP": self.softcap, "THRESHOLD": threshold(call.dropout) if call.dropout else 0,
             "BASE2": self.base2, "POSITIVE": call.scale > 0, "EVEN": even, "EVEN_KEYS": call.j % size.keys == 0,
-            "PRECISE": call.dtype == "float32", "WIDEN": self._widen,
+            "I_UNIT": _unit(call.i), "J_UNIT": _unit(call.j), "PRECISE": call.dtype == "float32", "WIDEN": self._widen,
         }  # fmt: skip
+
+
+def _unit(length: int) -> int:
+    """16 if a length is a multiple of it, else 1: what kernels tell the compiler of it, as `visits.told`."""
+    return 1 if length % 16 else 16
 
 
 def _in_units(strides: Strides | None, unit: int) -> tuple[Strides, int]:

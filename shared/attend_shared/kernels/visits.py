@@ -9,9 +9,21 @@ import triton
 import triton.language as tl
 
 from attend_shared.kernels import plan
+from attend_shared.kernels.tiles import INTERPRETED
 
 FAR = tl.constexpr(plan.FAR)  # no array reaches as far
 PADDED = tl.constexpr(plan.PADDED)  # P, of rows that a head has on the way back, is a multiple of it
+
+
+@triton.jit
+def told(x, UNIT: tl.constexpr):
+    """x, a multiple of UNIT, which the compiler is told: launchers say it of no number. It can be said only of what a
+    kernel makes, and what leaves all bits as they are becomes no instruction.
+    """
+    if INTERPRETED or UNIT == 1:
+        return x
+    else:
+        return tl.multiple_of(x.to(tl.float32, bitcast=True).to(tl.int32, bitcast=True), UNIT)
 
 
 @triton.jit
