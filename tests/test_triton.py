@@ -5,6 +5,7 @@ The interpreter must be asked for before Triton is imported, so what it runs is 
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -396,6 +397,16 @@ def test_rows_are_weighed_where_out_is_rounded_and_kept_so(options: dict[str, An
     plan = plans.plan(call_of(**given | options), layout)
     kernels = [each.kernel for each in plan.backward(x, False, True, False)]
     assert kernels[: 2 + weighed] == ["row_sums", *["sum_rows"] * weighed, "sum_sinks"]
+
+
+def test_rows_of_128_are_read_at_few_addresses() -> None:
+    """Not at one for each row that a thread reads, which would be 64."""
+    call = call_of(**LONG, kv_lengths=torch.empty(2, dtype=torch.int64, device="meta"))
+    x = (4 * 2048 * 128, 2048 * 128, 128)
+    (launch,) = plans.plan(call, plans.Layout(x, x, x)).forward
+    dtypes = dict.fromkeys(("q", "k", "v"), call.dtype) | {"kv_lengths": "int64"}
+    code = disassembled(compile_for_hopper(launch, dtypes).asm["cubin"])
+    assert len(set(re.findall(r"LDGSTS\S* \[.+?\], (?:desc\S+\[)?\[?(R\d+)", code))) < 32
 
 
 def disassembled(cubin: bytes) -> str:

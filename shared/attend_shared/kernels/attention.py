@@ -28,6 +28,7 @@ from attend_shared.kernels.tiles import (
     LN2,
     LOG2E,
     NOTHING,
+    _along,
     _cut,
     _dot,
     _exp,
@@ -224,6 +225,7 @@ def forward(
     # Rows that lie apart come after their places: five stages read places four turns ahead and rows two, where three
     # read them two and one. Short rows gain nothing by that.
     FAR_APART: tl.constexpr = PACKED and BD == 128 and not PRECISE
+    ALL: tl.constexpr = BD == 128 and not (PACKED or PRECISE or BIAS)
     AHEAD: tl.constexpr = 1 if FEW else (5 if FAR_APART else None)
     for stage in tl.static_range(3):  # blocks that may be cut, whole blocks, and blocks that may be cut
         if (stage == 0 and BEFORE) or (stage == 1 and not SPLIT) or (stage == 2 and AFTER):
@@ -256,7 +258,7 @@ def forward(
                 else:
                     added = 0.0
                 tile_k = _load(
-                    k + of_block * KN, of_key[None, :] * KN, tl.arange(0, BD)[:, None], alive[None, :],
+                    k + of_block * KN, _along(of_key, BN, KN, ALL)[None, :], tl.arange(0, BD)[:, None], alive[None, :],
                     D, BD, FULL or (stage == 1),
                 )  # fmt: skip
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
@@ -301,7 +303,7 @@ def forward(
                     p = _drop(p, seed, b, of_rows, rows, at * (BN // 4), THRESHOLD, BM, BN, NEAR)
                 acc = acc * shrink[:, None]
                 tile_v = _load(
-                    v + of_block * VN, of_key[:, None] * VN, tl.arange(0, BDV)[None, :], alive[:, None],
+                    v + of_block * VN, _along(of_key, BN, VN, ALL)[:, None], tl.arange(0, BDV)[None, :], alive[:, None],
                     DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
                 rounded = p.to(v.dtype.element_ty)

@@ -23,6 +23,7 @@ from attend_shared.kernels.sinks import _weigh
 from attend_shared.kernels.tiles import (
     LOG2E,
     NOTHING,
+    _along,
     _cut,
     _dot,
     _exp,
@@ -515,6 +516,7 @@ def key_gradients(
 
     BEFORE: tl.constexpr = FRONT and not ONE
     AFTER: tl.constexpr = BEHIND and not ONE
+    ALL: tl.constexpr = BD == 128 and BM < 64 and not PRECISE
     for member in range(GROUP):
         h = hk * GROUP + member
         h64 = h.to(tl.int64)
@@ -547,11 +549,11 @@ def key_gradients(
                     else:
                         added = 0.0
                     tile_q = _load(
-                        base_q + begin64 * QN, local[None, :] * QN, tl.arange(0, BD)[:, None],
+                        base_q + begin64 * QN, _along(local, BM, QN, ALL)[None, :], tl.arange(0, BD)[:, None],
                         alive_rows[None, :], D, BD, EVEN,
                     )  # fmt: skip
                     tile_do = _load(
-                        base_do + begin64 * DON, local[:, None] * DON, tl.arange(0, BDV)[None, :],
+                        base_do + begin64 * DON, _along(local, BM, DON, ALL)[:, None], tl.arange(0, BDV)[None, :],
                         alive_rows[:, None], DV, BDV, EVEN,
                     )  # fmt: skip
                     m, slope, one, power = _known(known, of_head + rows)

@@ -67,6 +67,20 @@ def _dot(a, b, acc, WIDEN: tl.constexpr):
 
 
 @triton.jit
+def _along(rows, N: tl.constexpr, STRIDE: tl.constexpr, ALL: tl.constexpr):
+    """Where rows begin. ALL: they are 0 to N - 1, and those that a thread has lie at one address and constant offsets.
+
+    Of a number that is compared elsewhere LLVM takes no constant out: each row then has an address of its own, which is
+    kept in registers and made anew in each turn.
+    """
+    if not ALL:
+        return rows * STRIDE
+    else:
+        starts = tl.arange(0, N // 8)[:, None] * (8 * STRIDE) + tl.arange(0, 8)[None, :] * STRIDE
+        return tl.multiple_of(tl.reshape(starts, (N,)), (STRIDE & -STRIDE if STRIDE else 1,))
+
+
+@triton.jit
 def _load(base, rows, columns, alive, D: tl.constexpr, BD: tl.constexpr, WHOLE: tl.constexpr):
     """A tile of rows, zeros where they are not alive; WHOLE: all are. One of rows and columns stands up, one lies.
 
