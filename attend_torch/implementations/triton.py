@@ -86,23 +86,28 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
     """
     if call.is_empty or call.gradient or plans.INTERPRETED:
         return None
-    with_lse = call.return_lse
-    found: dict[tuple, Callable[..., Sequence[Tensor]] | None] = {}
+    with_lse, names = call.return_lse, ("q", "k", "v")
+    found: dict[tuple, tuple[_Sent, Callable[[list[Tensor]], Sequence[Tensor]]] | None] = {}
 
     def result(q: Tensor, k: Tensor, v: Tensor) -> Any:
         device, places = q.get_device(), [0, q.data_ptr(), k.data_ptr(), v.data_ptr()]
         key = device, q.stride(), k.stride(), v.stride()
-        launch, driver = found.get(key), _driver()
-        if launch is not None and not (places[1] | places[2] | places[3]) & 15 and device == driver.device():
-            out, lse = launch(driver.stream(device), _is_heard(driver.knobs.runtime), places)
+        known, driver = found.get(key), _driver()
+        if known is not None and not (places[1] | places[2] | places[3]) & 15 and device == driver.device():
+            launch, ends = known
+            arrays = [q, k, v]
+            launch(driver.stream(device), _is_heard(driver.knobs.runtime), arrays, places)
+            out, lse = ends(arrays)
             return (out, lse) if with_lse else out
-        plan, known = _forward(call, canonical(call, Arrays(q, k, v)))
+        plan, by_name = _forward(call, canonical(call, Arrays(q, k, v)))
         if len(found) >= 64:
             found.clear()
         is_copied = plan.aligned or not q.stride(3) == k.stride(3) == v.stride(3) == 1  # if need be
-        found[key] = None if is_copied else _sent(plan.forward, known, device)
-        out = _turned(call, known["out"])
-        return (out, known["lse"]) if with_lse else out
+        launch = None if is_copied else _sent(plan.forward, names, by_name, device)
+        order = *names, *plan.forward.made
+        found[key] = launch and (launch, picks([order.index("out"), order.index("lse")]))
+        out = _turned(call, by_name["out"])
+        return (out, by_name["lse"]) if with_lse else out
 
     return result
 
@@ -110,38 +115,47 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
 attend.plain = plain  # type: ignore[attr-defined]
 
 
-def _sent(kernels: Sequence[_Kernel], known: dict[str, Tensor], device: int) -> Callable[..., Sequence[Tensor]] | None:
-    """(stream, heard, [0, *addresses of q, k, v]) -> out, as it lies, and lse: what was compiled for aligned arrays.
+_Sent = Callable[[int, bool, list[Tensor], list[int]], None]
+
+
+def _sent(kernels: Kernels, names: Sequence[str], known: dict[str, Tensor], device: int) -> _Sent | None:
+    """(stream, heard, arrays, [0, *their addresses]) -> None: launch what was compiled for arrays that are aligned, and
+    put what it makes behind them, as in `Kernels.made`.
 
     Args:
         kernels: which have run.
-        known: their arrays.
+        names: of the arrays.
+        known: these, and what was made of them.
         device: where.
 
     Returns:
-        None where one of them was not compiled for such, or takes more than addresses.
+        None where one of them was not compiled for such, or takes other arrays.
     """
-    order, steps = [None, "q", "k", "v"], []
-    for kernel in kernels:
+    place: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(names, 1)}
+    count, steps = len(place), []
+    for kernel in kernels.each:
         aligned = (True,) * (1 + len(kernel.given))
         launch = kernel.compiled.get((device, *(known[name].dtype for name in kernel.given), *aligned))
-        if launch is None or kernel.described or not set(kernel.given) <= set(order):
+        if launch is None or not place.keys() >= set(kernel.given):
             return None
-        inputs = picks([order.index(name) for name in kernel.launch.inputs])
-        order += [name for name, *_ in kernel.made]
+        inputs = picks([place[name] for name in kernel.launch.inputs])
+        described = tuple((n, place[name] - 1, blocks) for n, name, blocks in kernel.described)
+        for name, *_ in kernel.made:
+            place[name], count = count, count + 1
         made = tuple(each[1:] for each in kernel.made)
-        steps.append((launch, inputs, made, picks([order.index(name) for name in kernel.outputs])))
-    ends = picks([order.index(name) - 4 for name in ("out", "lse")])
+        steps.append((launch, inputs, described, made, picks([place[name] for name in kernel.outputs])))
 
-    def sent(stream: int, heard: bool, places: list[int]) -> Sequence[Tensor]:
-        arrays: list[Tensor] = []
-        for launch, inputs, made, results in steps:
+    def sent(stream: int, heard: bool, arrays: list[Tensor], places: list[int]) -> None:
+        for launch, inputs, described, made, results in steps:
             given = inputs(places)
+            if described:
+                given = list(given)
+                for n, at, blocks in described:
+                    given[n] = _source(arrays[at], blocks)
             for each in made:
                 arrays.append(x := _empty(*each))
                 places.append(x.data_ptr())
             launch(stream, heard, given, results(places))
-        return ends(arrays)
 
     return sent
 
@@ -334,6 +348,26 @@ class _Kernel:
             self.compiled[key] = _launcher(compiled, launch, self.constants)
 
 
+class Kernels:
+    """Launches in order, and how they are sent off together where all arrays are aligned, by devices and dtypes.
+
+    Attributes:
+        names: of the arrays that they take.
+        made: of those that they make, in order.
+    """
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self.each = tuple(map(_Kernel, launches))
+        self.made = tuple(name for kernel in self.each for name, *_ in kernel.made)
+        names: dict[str, None] = {}
+        made: set[str] = set()
+        for kernel in self.each:
+            names |= {name: None for name in kernel.given if name not in made}
+            made |= {name for name, *_ in kernel.made}
+        self.names = tuple(names)
+        self.sent: dict[tuple, _Sent] = {}
+
+
 def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     """The strides of an array that lies row by row."""
     strides = [1]
@@ -382,8 +416,8 @@ class _Plan:
         self.names = [name for name in _SMALL if name in inputs]
         self.bounds = plan.bounds
         self.aligned = plan.aligned
-        self.forward = tuple(map(_Kernel, plan.forward))
-        self.backward = lru_cache(maxsize=64)(lambda *how: tuple(map(_Kernel, plan.backward(*how))))
+        self.forward = Kernels(plan.forward)
+        self.backward = lru_cache(maxsize=64)(lambda *how: Kernels(plan.backward(*how)))
 
 
 @lru_cache(maxsize=1024)
@@ -423,27 +457,42 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     return plan, known
 
 
-Kernels = tuple[_Kernel, ...]
-
-
 def ready(launches: Sequence[Launch]) -> Kernels:
     """Launches of another implementation, for `run`."""
-    return tuple(map(_Kernel, launches))
+    return Kernels(launches)
 
 
 def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
-    """Run them in order, their outputs put among the arrays, of which "q" says on which device."""
+    """Run them in order, their outputs put among the arrays, all of which are on one device."""
     if plans.INTERPRETED:
-        for kernel in kernels:
+        for kernel in kernels.each:
             kernel(arrays, -1, 0, False)
         return
-    device, driver = arrays["q"].get_device(), _driver()
+    given = [arrays[name] for name in kernels.names]
+    device, driver = given[0].get_device(), _driver()
     if device != driver.device():
         with torch.cuda.device(device):
             return run(kernels, arrays)
     stream, heard = driver.stream(device), _is_heard(driver.knobs.runtime)
-    for kernel in kernels:
+    places, any_place = [0], 0
+    for x in given:
+        places.append(place := x.data_ptr())
+        any_place |= place
+    if any_place & 15:
+        for kernel in kernels.each:
+            kernel(arrays, device, stream, heard)
+        return
+    key = device, *[x.dtype for x in given]
+    launch = kernels.sent.get(key)
+    if launch is not None:
+        launch(stream, heard, given, places)
+        arrays.update(zip(kernels.made, given[len(kernels.names) :], strict=True))
+        return
+    for kernel in kernels.each:
         kernel(arrays, device, stream, heard)
+    launch = _sent(kernels, kernels.names, arrays, device)
+    if launch is not None:
+        kernels.sent[key] = launch
 
 
 class _Driver(NamedTuple):
