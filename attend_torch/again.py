@@ -170,6 +170,8 @@ def _key(
             key.append(None)
         elif x.__class__ is _Tensor or x.__class__ is _Parameter:
             key += x.shape, x.dtype, x.device, x.requires_grad
+        elif x is arrays.q_offset and x.__class__ is int:
+            key.append(x)
         else:
             return None
     found = tuple(key)

@@ -337,7 +337,7 @@ class _Kernel:
 
     def _compile(self, arrays: dict[str, Tensor], key: tuple) -> None:
         """Run it as Triton's launcher does, and keep what that compiled."""
-        launch, any_array = self.launch, arrays["q"]
+        launch, any_array = self.launch, arrays.get("q")
         inputs = [any_array if name is None else arrays[name] for name in launch.inputs]
         compiled = self.kernel[launch.grid](
             *self._described(inputs, arrays, _descriptor), *launch.given,

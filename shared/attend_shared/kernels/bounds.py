@@ -10,6 +10,9 @@ import triton
 import triton.language as tl
 
 from attend_shared.kernels.visits import FAR, length_of
+from attend_shared.runs import CHANGED
+
+SAID = tl.constexpr(CHANGED)
 
 
 @triton.jit
@@ -211,3 +214,12 @@ def _ones(x):
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
     return (x * 0x01010101) >> 24
+
+
+@triton.jit(debug=True)
+def compare(now, then, N, BLOCK: tl.constexpr):
+    """Whether N segment ids are what they were: else it ends the program, in words."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < N
+    same = tl.load(now + place, mask=inside, other=0) == tl.load(then + place, mask=inside, other=0)
+    tl.device_assert(same, SAID)
