@@ -12,6 +12,7 @@ be equal to what is right, and wrong: 1 is True.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from torch.autograd import forward_ad
 
 from attend_shared import avoid, choice, runs
 from attend_shared.call import Arrays, Call, canonical, check
-from attend_torch.arrays import FRAMEWORK
+from attend_torch.arrays import FRAMEWORK, negated, signed
 from attend_torch.implementations import PACKING, table
+from attend_torch.philox import seed_words
 
 Result = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
 _Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
@@ -51,12 +53,29 @@ class Way(NamedTuple):
         looks: whether its segment ids have to be looked at first.
         state: else what they are, as in `Call.runs`.
         choices: by what they are.
+        shorts: the same, for calls at which nothing looks on: (arrays as the caller passed them) -> what `attend` of
+            the library returns, or None.
     """
 
     call: Call
     looks: bool
     state: str
     choices: dict[str, Choice]
+    shorts: dict[str, Callable[[Arrays], Any] | None]
+
+    def short(self, state: str) -> Callable[[Arrays], Any] | None:
+        """The shortest way that what is chosen has.
+
+        Raises:
+            As `choice`.
+        """
+        try:
+            return self.shorts[state]
+        except KeyError:
+            call, module, packs = self.choice(state)
+            make = None if packs else getattr(module.attend, "short", None)
+            found = self.shorts[state] = make and make(call, partial(form, call))
+            return found
 
     def choice(self, state: str) -> Choice:
         """What is chosen where segment ids are this.
@@ -73,24 +92,32 @@ class Way(NamedTuple):
         return found
 
 
-def way(arrays: Arrays, *options: Any) -> Way:
-    """Where the call goes.
+def form(call: Call, arrays: Arrays) -> Arrays:
+    """What implementations get of what the caller passed."""
+    arrays = canonical(call, negated(arrays))
+    if call.segments or call.q_lengths or call.kv_lengths or call.offset == "data":
+        arrays = signed(arrays)
+    if call.dropout:
+        arrays = arrays._replace(dropout_seed=seed_words(arrays.dropout_seed, arrays.q.device))
+    return arrays
+
+
+def way(key: Hashable, arrays: Arrays, *options: Any) -> Way:
+    """Where the call goes, remembered by its key if it has one.
 
     Args:
+        key: as `key` gives it.
         arrays: as the caller passed them.
         options: as `check` takes them behind the arrays.
 
     Raises:
         As `check`.
     """
-    key = _key(arrays, *options)
-    found: Way | None = None if key is None else avoid.CHOICES.get(key)
-    if found is None:
-        call = check(FRAMEWORK, arrays, *options)
-        looks = call.segments and not call.is_empty and runs.reaches(table(call), call, PACKING)
-        found = Way(call, looks, runs.PACKED if call.segments and call.is_empty else runs.NOT_LOOKED, {})
-        if key is not None:
-            avoid.remember(key, found)
+    call = check(FRAMEWORK, arrays, *options)
+    looks = call.segments and not call.is_empty and runs.reaches(table(call), call, PACKING)
+    found = Way(call, looks, runs.PACKED if call.segments and call.is_empty else runs.NOT_LOOKED, {}, {})
+    if key is not None:
+        avoid.remember(key, found)
     return found
 
 
@@ -152,7 +179,7 @@ def _is_usual(
     )  # fmt: skip
 
 
-def _key(
+def key(
     arrays: Arrays, is_causal: Any, window_size: Any, softcap: Any, scale: Any, dropout: Any, return_lse: Any,
     layout: Any, implementation: Any, flash: Any, score_fn: Any, mask_fn: Any,
 ) -> Hashable:  # fmt: skip
@@ -161,20 +188,20 @@ def _key(
         return None
     if not _is_usual(is_causal, window_size, softcap, scale, dropout, return_lse) or torch.jit.is_tracing():
         return None
-    key: list[Any] = [
+    parts: list[Any] = [
         _has_gradients(), is_causal, window_size, softcap, scale, dropout, return_lse, layout, implementation, flash,
         arrays.q_lengths is arrays.kv_lengths,
     ]  # fmt: skip
     for x in arrays:
         if x is None:
-            key.append(None)
+            parts.append(None)
         elif x.__class__ is _Tensor or x.__class__ is _Parameter:
-            key += x.shape, x.dtype, x.device, x.requires_grad
+            parts += x.shape, x.dtype, x.device, x.requires_grad
         elif x is arrays.q_offset and x.__class__ is int:
-            key.append(x)
+            parts.append(x)
         else:
             return None
-    found = tuple(key)
+    found = tuple(parts)
     try:
         hash(found)
     except TypeError:  # a list of names

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 
 from attend_shared import avoid, choice, devices
-from attend_shared.call import Arrays, Call, canonical, check
+from attend_shared.call import Arrays, Call, check
 from attend_shared.choice import Explanation, Implementation
 from attend_shared.merging import check_merge, merge_parts
 from attend_shared.runs import ids_of, told
 from attend_torch import again, runs
-from attend_torch.arrays import FRAMEWORK, device_type, negated, signed
+from attend_torch.arrays import FRAMEWORK, device_type
 from attend_torch.implementations import PACKING, table
 from attend_torch.machine import capability
-from attend_torch.philox import seed_words
 
 # Found when a call is compiled, and a constant in it: what torch.compiler.assume_constant_result says, which would load
 # the compiler here.
@@ -151,15 +150,20 @@ def attend(
 
 def run(arrays: Arrays, *options: Any) -> Any:
     """What `attend` and `Attend` share: the data, and the options in the order in which `check` takes them."""
-    if kind := _autocasts(arrays.q):
-        with torch.autocast(kind, enabled=False):
-            return run(_autocast(arrays, torch.get_autocast_dtype(kind)), *options)
-    way = again.way(arrays, *options)
+    key = again.key(arrays, *options)
+    way = None if key is None else avoid.CHOICES.get(key)
+    if way is None:
+        if kind := _autocasts(arrays.q):
+            with torch.autocast(kind, enabled=False):
+                return run(_autocast(arrays, torch.get_autocast_dtype(kind)), *options)
+        way = again.way(key, arrays, *options)
     state, starts = runs.tell(way.call, arrays, ids_of(arrays)) if way.looks else (way.state, None)
+    if key is not None and (short := way.short(state)) is not None:
+        return short(arrays)
     call, module, packs = way.choice(state)
     if packs and starts is not None:
         arrays = arrays._replace(q_segment_ids=starts, kv_segment_ids=starts)
-    out, lse = module.attend(call, _canonical(call, arrays))
+    out, lse = module.attend(call, again.form(call, arrays))
     if call.layout == "bnhd":
         out = out.transpose(1, 2)
     return (out, lse) if call.return_lse else out
@@ -168,15 +172,6 @@ def run(arrays: Arrays, *options: Any) -> Any:
 def looked(call: Call, arrays: Arrays) -> tuple[Call, torch.Tensor | None]:
     """What is known of segment ids, for what takes packed sequences."""
     return told(runs.tell, table, call, arrays, PACKING)
-
-
-def _canonical(call: Call, arrays: Arrays) -> Arrays:
-    arrays = canonical(call, negated(arrays))
-    if call.segments or call.q_lengths or call.kv_lengths or call.offset == "data":
-        arrays = signed(arrays)
-    if call.dropout:
-        arrays = arrays._replace(dropout_seed=seed_words(arrays.dropout_seed, arrays.q.device))
-    return arrays
 
 
 def _autocasts(q: Any) -> str | None:

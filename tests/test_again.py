@@ -122,7 +122,7 @@ def test_an_offset_is_that_of_the_call(checked: list[Arrays]) -> None:
     for offset, result in zip(offsets, found, strict=True):
         right(result, q, k, v, is_causal=True, q_offset=offset)
     attend_torch.attend(q, k, v, is_causal=True, q_offset=1)
-    with pytest.raises(TypeError, match="^q_offset: expected "):
+    with pytest.raises(TypeError, match=r"^q_offset: expected "):
         attend_torch.attend(q, k, v, is_causal=True, q_offset=True)
 
 

@@ -16,7 +16,7 @@ import torch
 from attend_shared import meaning
 from attend_shared.call import Arrays, Call, canonical
 from attend_shared.kernels import plan as plans
-from attend_shared.kernels.plan import SAVED, Blocks, Launch, Layout
+from attend_shared.kernels.plan import BOUNDS, SAVED, Blocks, Launch, Layout
 from attend_torch.arrays import is_traced, is_watched, needs_gradients
 from attend_torch.implementations import blockwise, einsum, rowwise
 from attend_torch.implementations.blockwise import COUNT, FLOATS
@@ -72,7 +72,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     elif is_watched():
         out, lse, *_ = _Attend.apply(call, *arrays)
     elif needs_gradients(arrays):
-        out, lse = _Eager.apply(call, arrays, arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
+        out, lse = _Eager.apply(call, arrays, None, arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
     else:
         _, known = _forward(call, arrays)
         out, lse = known["out"], known["lse"]
@@ -86,8 +86,8 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
     """
     if call.is_empty or call.gradient or plans.INTERPRETED:
         return None
-    with_lse, names = call.return_lse, ("q", "k", "v")
-    found: dict[tuple, tuple[_Sent, Callable[[list[Tensor]], Sequence[Tensor]]] | None] = {}
+    with_lse = call.return_lse
+    found: dict[tuple, _Shortened | None] = {}
 
     def result(q: Tensor, k: Tensor, v: Tensor) -> Any:
         device, places = q.get_device(), [0, q.data_ptr(), k.data_ptr(), v.data_ptr()]
@@ -95,17 +95,16 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
         known, driver = found.get(key), _driver()
         if known is not None and not (places[1] | places[2] | places[3]) & 15 and device == driver.device():
             launch, ends = known
-            arrays = [q, k, v]
-            launch(driver.stream(device), _is_heard(driver.knobs.runtime), arrays, places)
-            out, lse = ends(arrays)
+            values: list[Any] = [q, k, v]
+            launch(driver.stream(device), _is_heard(driver.knobs.runtime), values, places)
+            out, lse = ends(values)
             return (out, lse) if with_lse else out
-        plan, by_name = _forward(call, canonical(call, Arrays(q, k, v)))
-        if len(found) >= 64:
-            found.clear()
-        is_copied = plan.aligned or not q.stride(3) == k.stride(3) == v.stride(3) == 1  # if need be
-        launch = None if is_copied else _sent(plan.forward, names, by_name, device)
-        order = *names, *plan.forward.made
-        found[key] = launch and (launch, picks([order.index("out"), order.index("lse")]))
+        arrays = Arrays(q, k, v)
+        plan, by_name = _forward(call, canonical(call, arrays))
+        if not (places[1] | places[2] | places[3]) & 15:
+            if len(found) >= STRIDES:
+                found.clear()
+            found[key] = _shortened(plan, arrays, by_name, ("out", "lse"))
         out = _turned(call, by_name["out"])
         return (out, by_name["lse"]) if with_lse else out
 
@@ -115,28 +114,134 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
 attend.plain = plain  # type: ignore[attr-defined]
 
 
-_Sent = Callable[[int, bool, list[Tensor], list[int]], None]
+class _Alike:
+    """Forward of calls that are alike but for strides: what arrays of these launch is found once.
+
+    Attributes:
+        call: at which nothing looks on.
+        canonical: what gives arrays their one form.
+        ends: names of what is given back, as it lies.
+    """
+
+    def __init__(self, call: Call, canonical: Callable[[Arrays], Arrays], ends: Sequence[str]) -> None:
+        self.call, self.canonical, self.ends = call, canonical, ends
+        self.found: dict[tuple, _Shortened | None] = {}
+
+    def __call__(self, arrays: Arrays) -> Sequence[Any]:
+        """The ends; None for those that there are not."""
+        given: list[Any] = []
+        places, odd = [0], 0
+        for x in arrays:
+            if x is not None and x.__class__ is not int:
+                given.append(x)
+                places.append(place := x.data_ptr())
+                odd |= place | x.is_neg()
+        device = given[0].get_device()
+        key = device, *[x.stride() for x in given]
+        found, driver = self.found.get(key), _driver()
+        if found is not None and not odd & 15 and device == driver.device():
+            launch, ends = found
+            launch(driver.stream(device), _is_heard(driver.knobs.runtime), given, places)
+            given.append(None)
+            return ends(given)
+        plan, known = _forward(self.call, self.canonical(arrays))
+        if not odd & 15 and key not in self.found:
+            if len(self.found) >= STRIDES:
+                self.found.clear()
+            self.found[key] = _shortened(plan, arrays, known, self.ends)
+        out = _turned(self.call, known["out"])
+        return tuple(out if name == "out" else known.get(str(name)) for name in _given(plan, self.ends))
 
 
-def _sent(kernels: Kernels, names: Sequence[str], known: dict[str, Tensor], device: int) -> _Sent | None:
+def short(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Any] | None:
+    """(arrays as the caller has them) -> what `attend` of the library returns, where nothing looks on, or None.
+
+    Args:
+        call: any.
+        canonical: what gives arrays their one form.
+    """
+    if call.is_empty or plans.INTERPRETED:
+        return None
+    with_lse = call.return_lse
+    if call.gradient:
+        alike = _Alike(call, lambda arrays: arrays, SAVED)
+
+        def result(arrays: Arrays) -> Any:
+            arrays = canonical(arrays)
+            out, lse = _Eager.apply(call, arrays, alike, arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
+            out = _turned(call, out)
+            return (out, lse) if with_lse else out
+    else:
+        alone = _Alike(call, canonical, ("out", "lse"))
+
+        def result(arrays: Arrays) -> Any:
+            out, lse = alone(arrays)
+            return (out, lse) if with_lse else out
+
+    return result
+
+
+attend.short = short  # type: ignore[attr-defined]
+
+STRIDES = 64  # of arrays of calls alike
+_Sent = Callable[[int, bool, list[Any], list[int]], None]
+_Shortened = tuple[_Sent, Callable[[list[Any]], Sequence[Any]]]
+
+
+def _shortened(plan: _Plan, arrays: Arrays, known: dict[str, Tensor], ends: Sequence[str]) -> _Shortened | None:
+    """How a call that ran is sent off with the caller's own arrays, and what then picks its ends, behind which is None.
+
+    Args:
+        plan: of the call.
+        arrays: the caller's; all tensors begin at a multiple of 16 bytes.
+        known: those that the plan had and made.
+        ends: names of these.
+
+    Returns:
+        None where what the plan had lies elsewhere than the caller's, or it cannot be sent.
+    """
+    given = {name: x for name, x in arrays._asdict().items() if isinstance(x, Tensor)}
+    place: dict[str | None, int] = {None: 0}
+    for name in plan.forward.names:
+        fields = (name, *(("q_segment_ids", "kv_segment_ids") if name.endswith("segment_ids") else ()))
+        lies = (x for x in map(given.get, fields) if x is not None)
+        mine = next((x for x in lies if x.data_ptr() == known[name].data_ptr() and x.dtype == known[name].dtype), None)
+        if mine is None:
+            return None
+        place[name] = 1 + next(n for n, x in enumerate(given.values()) if x is mine)
+    count = 1 + len(given)
+    launch = _sent(plan.forward, place, count, known, arrays.q.get_device())
+    if launch is None:
+        return None
+    order: dict[str | None, int] = {name: n for n, name in enumerate(plan.forward.made, count - 1)}
+    return launch, picks([order.get(name, -1) for name in _given(plan, ends)])
+
+
+def _given(plan: _Plan, ends: Sequence[str]) -> list[str | None]:
+    """The ends, None for bounds that the way back finds anew."""
+    return [None if name in BOUNDS and name not in plan.bounds else name for name in ends]
+
+
+def _sent(
+    kernels: Kernels, place: dict[str | None, int], count: int, known: dict[str, Tensor], device: int
+) -> _Sent | None:
     """(stream, heard, arrays, [0, *their addresses]) -> None: launch what was compiled for arrays that are aligned, and
     put what it makes behind them, as in `Kernels.made`.
 
     Args:
         kernels: which have run.
-        names: of the arrays.
-        known: these, and what was made of them.
+        place: of the addresses of their arrays, and of 0, among `count`.
+        known: these arrays, and what was made of them.
         device: where.
 
     Returns:
-        None where one of them was not compiled for such, or takes other arrays.
+        None where one of them was not compiled for such.
     """
-    place: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(names, 1)}
-    count, steps = len(place), []
+    place, steps = dict(place), []
     for kernel in kernels.each:
         aligned = (True,) * (1 + len(kernel.given))
         launch = kernel.compiled.get((device, *(known[name].dtype for name in kernel.given), *aligned))
-        if launch is None or not place.keys() >= set(kernel.given):
+        if launch is None:
             return None
         inputs = picks([place[name] for name in kernel.launch.inputs])
         described = tuple((n, place[name] - 1, blocks) for n, name, blocks in kernel.described)
@@ -145,9 +250,9 @@ def _sent(kernels: Kernels, names: Sequence[str], known: dict[str, Tensor], devi
         made = tuple(each[1:] for each in kernel.made)
         steps.append((launch, inputs, described, made, picks([place[name] for name in kernel.outputs])))
 
-    def sent(stream: int, heard: bool, arrays: list[Tensor], places: list[int]) -> None:
+    def sent(stream: int, heard: bool, arrays: list[Any], places: list[int]) -> None:
         for launch, inputs, described, made, results in steps:
-            given = inputs(places)
+            given: Any = inputs(places)
             if described:
                 given = list(given)
                 for n, at, blocks in described:
@@ -161,25 +266,29 @@ def _sent(kernels: Kernels, names: Sequence[str], known: dict[str, Tensor], devi
 
 
 GRADIENTS = tuple(f"d{Arrays._fields[place]}" for place in FLOATS)
-COMPILED = len(SAVED) - len(plans.BOUNDS)  # of them are what the operator gives: the way back finds the bounds anew
+COMPILED = len(SAVED) - len(BOUNDS)  # of them are what the operator gives: the way back finds the bounds anew
 
 
 class _Eager(torch.autograd.Function):
-    """(call, arrays, *those of them that have gradients) -> out, lse.
+    """(call, arrays, how they are sent off or None, *those of them that have gradients) -> out, lse.
 
     For no transformation: a Function that has them looks its signature up each time it is called, and what else the way
     back needs would have to be among its results. Each of those, and each argument, costs time.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, arrays: Arrays, *_: Any) -> tuple[Tensor | None, ...]:
-        output = _saved(*_forward(call, arrays))
+    def forward(ctx: Any, call: Call, arrays: Arrays, alike: _Alike | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if alike is None:
+            output = _saved(*_forward(call, arrays))
+        else:
+            out, *others = alike(arrays)
+            output = _turned(call, out), *others
         _keep(ctx, call, arrays, output)
         return output[:2]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        return None, None, *_way_back(ctx, ctx.needs_input_grad[2:], dout, dlse)
+        return None, None, None, *_way_back(ctx, ctx.needs_input_grad[3:], dout, dlse)
 
 
 class _Attend(torch.autograd.Function):
@@ -476,8 +585,8 @@ def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
     stream, heard = driver.stream(device), _is_heard(driver.knobs.runtime)
     places, any_place = [0], 0
     for x in given:
-        places.append(place := x.data_ptr())
-        any_place |= place
+        places.append(at := x.data_ptr())
+        any_place |= at
     if any_place & 15:
         for kernel in kernels.each:
             kernel(arrays, device, stream, heard)
@@ -490,7 +599,8 @@ def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
         return
     for kernel in kernels.each:
         kernel(arrays, device, stream, heard)
-    launch = _sent(kernels, kernels.names, arrays, device)
+    place: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(kernels.names, 1)}
+    launch = _sent(kernels, place, len(places), arrays, device)
     if launch is not None:
         kernels.sent[key] = launch
 
@@ -534,8 +644,7 @@ def _forward(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
 
 def _saved(plan: _Plan, known: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
     """Those of `SAVED`, None where the way back does not need them."""
-    bounds = (known[name] if name in plan.bounds else None for name in plans.BOUNDS)
-    return *map(known.get, SAVED[:COMPILED]), *bounds
+    return tuple(None if name is None else known.get(name) for name in _given(plan, SAVED))
 
 
 def _whole(nothing: Tensor, output: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
