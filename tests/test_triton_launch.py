@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from attend_shared.call import Arrays, Call, canonical, check
+from attend_torch import again
 from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import triton
 from conftest import require
@@ -66,17 +67,16 @@ class Grids(SimpleNamespace):
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    from attend_shared.kernels import attention, bounds, gradients
+    from triton import JITFunction
+
+    from attend_shared.kernels import attention, bounds, gradients, sinks
 
     found = Machine()
-    for module, kernels in (
-        (attention, ("forward", "join")),
-        (gradients, ("row_sums", "query_gradients", "key_gradients")),
-        (bounds, ("key_ranges", "query_ranges", "overlaps", "list_blocks", "pack_keys")),
-    ):
-        for name in kernels:
-            names = getattr(module, name).arg_names
-            monkeypatch.setattr(module, name, Grids(partial(found.compile, names), arg_names=names))
+    for module in (attention, bounds, gradients, sinks):
+        for name, kernel in [*vars(module).items()]:
+            if isinstance(kernel, JITFunction):
+                names = kernel.arg_names
+                monkeypatch.setattr(module, name, Grids(partial(found.compile, names), arg_names=names))
     knobs = SimpleNamespace(runtime=found.hooks)
     driver = triton._Driver(lambda: found.device, lambda device: found.stream, knobs)
     monkeypatch.setattr(triton, "_driver", lambda: driver)
@@ -275,19 +275,137 @@ def test_the_shortest_way_is_for_what_looks_the_same(machine: Machine, monkeypat
     assert (machine.entered, machine.device) == ([q.get_device()], 3)
 
 
-def test_the_shortest_way_is_not_for_gradients(machine: Machine) -> None:
-    q = draw(1, 2, 16, 64)
-    assert triton.plain(asked(q)) is not None
-    assert triton.plain(asked(q.requires_grad_())) is None
+MORE: dict[str, Callable[[], dict[str, Any]]] = {
+    "nothing": dict,
+    "key mask": lambda: {"mask": torch.ones(2, 64, dtype=torch.bool)},
+    "mask": lambda: {"mask": torch.ones(1, 1, 64, 64, dtype=torch.bool)},
+    "bias": lambda: {"bias": draw(1, 2, 64, 64)},
+    "lengths": lambda: {"q_lengths": torch.ones(2, dtype=torch.int32), "kv_lengths": torch.ones(2, dtype=torch.int64)},
+    "one array of ids": lambda: {"kv_segment_ids": torch.zeros(2, 64, dtype=torch.int64)},
+    "two arrays of ids": lambda: {f"{name}_segment_ids": torch.zeros(2, 64, dtype=torch.int32) for name in ("q", "kv")},
+    "an offset": lambda: {"is_causal": True, "q_offset": torch.zeros(2, dtype=torch.int64)},
+    "sinks": lambda: {"sinks": draw(2)},
+}  # fmt: skip
+COPIED: dict[str, Callable[[], dict[str, Any]]] = {
+    "unsigned ids": lambda: {"q_segment_ids": torch.zeros(2, 64, dtype=torch.uint8)},
+    "lengths with gaps": lambda: {"kv_lengths": torch.ones(4, dtype=torch.int64)[::2]},
+    "a seed": lambda: {"dropout": 0.5, "dropout_seed": torch.zeros(2, dtype=torch.uint32)},
+    "rows with gaps": lambda: {"q": draw(2, 2, 64, 128)[..., ::2]},
+}
+CONVERTED = ("unsigned ids", "a seed")  # before autograd takes them
+
+
+@pytest.mark.parametrize("layout", ["bhnd", "bnhd"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["alone", "gradients"])
+@pytest.mark.parametrize("name", [*MORE, *COPIED])
+def test_the_short_way_launches_what_the_long_way_does(
+    name: str, gradients: bool, layout: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**MORE, **COPIED}[name]()
+    changed, causal, dropout = options.pop("q", None), options.pop("is_causal", False), options.pop("dropout", 0.0)
+    arrays = Arrays(*(draw(2, 2, 64, 64) for _ in range(3)), **options)
+    arrays = arrays if changed is None else arrays._replace(q=changed)
+    if layout == "bnhd":
+        arrays = arrays._replace(**{each: getattr(arrays, each).transpose(1, 2) for each in ("q", "k", "v")})
+    wanted = [x.requires_grad_(gradients) for x in arrays if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    call = check(FRAMEWORK, arrays, causal, None, None, None, dropout, True, layout, "triton")._replace(platform="cuda")
+    form = partial(again.form, call)
+    short, long = triton.short(call, form), []
+    assert short is not None
+    for each in ("_forward", "_backward"):
+        way = getattr(triton, each)
+        monkeypatch.setattr(triton, each, lambda *given, each=each, way=way: long.append(each) or way(*given))
+
+    def launched(result: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[list[tuple], list[torch.Tensor]]:
+        machine.seen.clear()
+        out, lse = result()
+        cotangent = torch.zeros_like(out)
+        found = torch.autograd.grad(out, wanted, cotangent) if gradients else ()
+        assert all(kind == "launched" for kind, _ in machine.seen) or machine.seen[0][0] == "compiled"
+        return [given[HEAD:] for _, given in machine.seen], [out, lse, *found]
+
+    def by_door() -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = triton.attend(call, form(arrays))
+        return out.transpose(1, 2) if layout == "bnhd" else out, lse
+
+    launched(lambda: short(arrays))
+    long.clear()
+    ours, results = launched(lambda: short(arrays))
+    is_long = bool(long)
+    assert is_long == (name in COPIED and not (gradients and name in CONVERTED))
+    theirs, expected = launched(by_door)
+    assert [(x.shape, x.stride(), x.dtype) for x in results] == [(x.shape, x.stride(), x.dtype) for x in expected]
+    if is_long:
+        return
+    mine = {x.data_ptr() for x in arrays if isinstance(x, torch.Tensor)}
+    same: dict[int, int] = {}  # what stands in one where another stands in the other, the same everywhere
+    for one, other in zip(ours, theirs, strict=True):
+        for x, y in zip(one, other, strict=True):
+            assert (same.setdefault(x, y) if type(x) is int and x > 2**32 and x not in mine else x) == y
+
+
+def test_the_short_way_is_for_what_looks_the_same(machine: Machine) -> None:
+    x, mask = draw(1, 2, 64, 64), torch.ones(1, 64, dtype=torch.bool)
+    call = check(FRAMEWORK, Arrays(x, x, x, mask), False, None, None, None, 0.0, True, "bhnd", "triton")
+    call = call._replace(platform="cuda")
+    short = triton.short(call, partial(again.form, call))
+    assert short is not None
+
+    def kinds(q: torch.Tensor, mask: torch.Tensor) -> set[str]:
+        machine.seen.clear()
+        short(Arrays(q, x, x, mask))
+        return {kind for kind, _ in machine.seen}
+
+    kinds(x, mask)
+    odd, turned = draw(1, 2, 64, 64, at=3), draw(1, 64, 2, 64).transpose(1, 2)
+    few = torch.ones(1, 128, dtype=torch.bool)[:, ::2]
+    for q, its in ((x, mask), (odd, mask), (turned, mask), (x, few), (x, mask)):
+        kinds(q, its)
+        assert kinds(q, its) == {"launched"}
+        assert q.data_ptr() in machine.seen[-1][1]
+        assert any(its.data_ptr() in given for _, given in machine.seen)
+    lazy = torch._neg_view(draw(1, 2, 64, 64))
+    assert kinds(lazy, mask) == {"launched"}
+    assert not any(lazy.data_ptr() in given for _, given in machine.seen)
 
 
 def test_no_array_is_kept(machine: Machine) -> None:
     q = draw(1, 2, 16, 64).requires_grad_()
-    for _ in range(2):
-        out = attend(q, q, q)[0]
+    call = asked(q)
+    short = triton.short(call, partial(again.form, call))
+    assert short is not None
+    for way in (attend, attend, *[lambda *given: short(Arrays(*given))] * 3):
+        out = way(q, q, q)[0]
         out.sum().backward()
     arrays = [weakref.ref(x) for x in (q, out, q.grad)]
     machine.seen.clear()
     del q, out
     gc.collect()
     assert [x() for x in arrays] == [None] * 3
+
+
+def test_known_ids_are_compared_by_one_launch(machine: Machine) -> None:
+    from attend_torch.runs import _comparison
+
+    now, then = torch.zeros(1, 3000, dtype=torch.int64), torch.zeros(1, 3000, dtype=torch.int64)
+    for kind in ("compiled", "launched"):
+        triton.run(_comparison(3000), {"now": now, "then": then})
+        assert machine.seen[-1][0] == kind
+    grid, given = machine.seen[-1][1][:3], machine.seen[-1][1][HEAD:]
+    assert grid == (3, 1, 1) and given == (now.data_ptr(), then.data_ptr(), 3000, 1024)
+
+
+def test_what_differs_stops_the_device_in_words() -> None:
+    import triton as language
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from attend_shared.kernels import bounds
+    from attend_shared.runs import CHANGED
+
+    kinds = {"now": "*i64", "then": "*i64", "N": "i32", "BLOCK": "constexpr"}
+    source = ASTSource(fn=bounds.compare, signature=kinds, constexprs={"BLOCK": 1024})
+    options = {"debug": bounds.compare.debug, "sanitize_overflow": False}
+    ptx = language.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    assert "__assertfail" in ptx
+    assert ", ".join(map(str, CHANGED.encode())) in ptx

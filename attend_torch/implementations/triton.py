@@ -6,8 +6,8 @@ that a compiler takes whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -80,12 +80,15 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
 
 
 def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
-    """(q, k, v) -> what `attend` of the library returns, for calls of nothing else; None where autograd is to know.
+    """(q, k, v) -> what `attend` of the library returns, for calls of nothing else, or None.
 
     What arrays of these strides launch is found once, and then sent off with their addresses.
     """
-    if call.is_empty or call.gradient or plans.INTERPRETED:
+    if call.is_empty or plans.INTERPRETED:
         return None
+    if call.gradient:
+        recorded = _recorded(call, partial(canonical, call))
+        return lambda q, k, v: recorded(Arrays(q, k, v))
     with_lse = call.return_lse
     found: dict[tuple, _Shortened | None] = {}
 
@@ -104,7 +107,7 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
         if not (places[1] | places[2] | places[3]) & 15:
             if len(found) >= STRIDES:
                 found.clear()
-            found[key] = _shortened(plan, arrays, by_name, ("out", "lse"))
+            found[key] = _shortened(plan.forward, _tensors(arrays), by_name, ("out", "lse"))
         out = _turned(call, by_name["out"])
         return (out, by_name["lse"]) if with_lse else out
 
@@ -115,7 +118,7 @@ attend.plain = plain  # type: ignore[attr-defined]
 
 
 class _Alike:
-    """Forward of calls that are alike but for strides: what arrays of these launch is found once.
+    """Calls that are alike but for strides: what arrays of these launch is found once.
 
     Attributes:
         call: at which nothing looks on.
@@ -140,17 +143,51 @@ class _Alike:
         key = device, *[x.stride() for x in given]
         found, driver = self.found.get(key), _driver()
         if found is not None and not odd & 15 and device == driver.device():
-            launch, ends = found
+            launch, pick = found
             launch(driver.stream(device), _is_heard(driver.knobs.runtime), given, places)
             given.append(None)
-            return ends(given)
+            return pick(given)
         plan, known = _forward(self.call, self.canonical(arrays))
+        ends = _given(plan, known, self.ends)
         if not odd & 15 and key not in self.found:
             if len(self.found) >= STRIDES:
                 self.found.clear()
-            self.found[key] = _shortened(plan, arrays, known, self.ends)
+            self.found[key] = _shortened(plan.forward, _tensors(arrays), known, ends)
         out = _turned(self.call, known["out"])
-        return tuple(out if name == "out" else known.get(str(name)) for name in _given(plan, self.ends))
+        return tuple(None if name is None else out if name == "out" else known[name] for name in ends)
+
+    def back(
+        self, arrays: Arrays, saved: Sequence[Tensor | None], dout: Tensor, dlse: Tensor | None,
+        wanted: Sequence[bool],
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        """As `_gradients`, where a call of this came before."""
+        given: list[Any] = []
+        places, odd = [0], 0
+        for x in (*arrays, *saved, dout, dlse):
+            if x is not None and x.__class__ is not int:
+                given.append(x)
+                places.append(place := x.data_ptr())
+                odd |= place | x.is_neg()
+        device = dout.get_device()
+        key = "back", device, wanted, dlse is None, *[x.stride() for x in given]
+        found, driver = self.found.get(key), _driver()
+        if found is None or odd & 15 or device != driver.device():
+            kernels, known = _backward(self.call, arrays, saved, dout, dlse, wanted)
+            if not odd & 15 and key not in self.found:
+                if len(self.found) >= STRIDES:
+                    self.found.clear()
+                named = {**dict(zip(SAVED, saved, strict=True)), "dout": dout, "dlse": dlse}
+                named = {**_tensors(arrays), **{name: x for name, x in named.items() if x is not None}}
+                ends = [name if wants else None for name, wants in zip(GRADIENTS, wanted, strict=True)]
+                self.found[key] = _shortened(kernels, named, known, ends)
+            return _found(self.call, known, wanted)
+        launch, pick = found
+        launch(driver.stream(device), _is_heard(driver.knobs.runtime), given, places)
+        given.append(None)
+        gradients = pick(given)
+        if self.call.layout == "bnhd":
+            return [x if x is None or n > 2 else _turned(self.call, x) for n, x in enumerate(gradients)]
+        return gradients
 
 
 def short(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Any] | None:
@@ -162,21 +199,26 @@ def short(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays
     """
     if call.is_empty or plans.INTERPRETED:
         return None
-    with_lse = call.return_lse
     if call.gradient:
-        alike = _Alike(call, lambda arrays: arrays, SAVED)
+        return _recorded(call, canonical)
+    with_lse, alike = call.return_lse, _Alike(call, canonical, ("out", "lse"))
 
-        def result(arrays: Arrays) -> Any:
-            arrays = canonical(arrays)
-            out, lse = _Eager.apply(call, arrays, alike, arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
-            out = _turned(call, out)
-            return (out, lse) if with_lse else out
-    else:
-        alone = _Alike(call, canonical, ("out", "lse"))
+    def result(arrays: Arrays) -> Any:
+        out, lse = alike(arrays)
+        return (out, lse) if with_lse else out
 
-        def result(arrays: Arrays) -> Any:
-            out, lse = alone(arrays)
-            return (out, lse) if with_lse else out
+    return result
+
+
+def _recorded(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Any]:
+    """The same where autograd is to know."""
+    with_lse, alike = call.return_lse, _Alike(call, lambda arrays: arrays, SAVED)
+
+    def result(arrays: Arrays) -> Any:
+        arrays = canonical(arrays)
+        out, lse = _Eager.apply(call, arrays, alike, arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
+        out = _turned(call, out)
+        return (out, lse) if with_lse else out
 
     return result
 
@@ -188,38 +230,44 @@ _Sent = Callable[[int, bool, list[Any], list[int]], None]
 _Shortened = tuple[_Sent, Callable[[list[Any]], Sequence[Any]]]
 
 
-def _shortened(plan: _Plan, arrays: Arrays, known: dict[str, Tensor], ends: Sequence[str]) -> _Shortened | None:
-    """How a call that ran is sent off with the caller's own arrays, and what then picks its ends, behind which is None.
+def _shortened(
+    kernels: Kernels, given: Mapping[str, Any], known: dict[str, Tensor], ends: Sequence[str | None]
+) -> _Shortened | None:
+    """How launches that ran are sent off with a caller's own arrays, and what then picks the ends; last of all is None.
 
     Args:
-        plan: of the call.
-        arrays: the caller's; all tensors begin at a multiple of 16 bytes.
-        known: those that the plan had and made.
-        ends: names of these.
+        kernels: they ran.
+        given: the caller's arrays by name, in order; all begin at a multiple of 16 bytes.
+        known: those that the kernels had and made.
+        ends: names of what they made.
 
     Returns:
-        None where what the plan had lies elsewhere than the caller's, or it cannot be sent.
+        None where what they had lies elsewhere than the caller's, or they cannot be sent.
     """
-    given = {name: x for name, x in arrays._asdict().items() if isinstance(x, Tensor)}
-    place: dict[str | None, int] = {None: 0}
-    for name in plan.forward.names:
+    places: dict[str | None, int] = {None: 0}
+    for name in kernels.names:
+        its = known[name]
         fields = (name, *(("q_segment_ids", "kv_segment_ids") if name.endswith("segment_ids") else ()))
-        lies = (x for x in map(given.get, fields) if x is not None)
-        mine = next((x for x in lies if x.data_ptr() == known[name].data_ptr() and x.dtype == known[name].dtype), None)
-        if mine is None:
+        for place, (field, x) in enumerate(given.items(), 1):
+            if field in fields and x.data_ptr() == its.data_ptr() and x.dtype == its.dtype:
+                places[name] = place
+        if name not in places:
             return None
-        place[name] = 1 + next(n for n, x in enumerate(given.values()) if x is mine)
-    count = 1 + len(given)
-    launch = _sent(plan.forward, place, count, known, arrays.q.get_device())
+    launch = _sent(kernels, places, 1 + len(given), known, known["q"].get_device())
     if launch is None:
         return None
-    order: dict[str | None, int] = {name: n for n, name in enumerate(plan.forward.made, count - 1)}
-    return launch, picks([order.get(name, -1) for name in _given(plan, ends)])
+    order: dict[str | None, int] = {None: -1} | {name: n for n, name in enumerate(kernels.made, len(given))}
+    return launch, picks([order[name] for name in ends])
 
 
-def _given(plan: _Plan, ends: Sequence[str]) -> list[str | None]:
-    """The ends, None for bounds that the way back finds anew."""
-    return [None if name in BOUNDS and name not in plan.bounds else name for name in ends]
+def _tensors(arrays: Arrays) -> dict[str, Tensor]:
+    """Those that there are, by name."""
+    return {name: x for name, x in zip(Arrays._fields, arrays, strict=True) if isinstance(x, Tensor)}
+
+
+def _given(plan: _Plan, known: Mapping[str, Tensor], ends: Sequence[str]) -> list[str | None]:
+    """The ends, None for those that there are not, and for bounds that the way back finds anew."""
+    return [name if name in known and (name not in BOUNDS or name in plan.bounds) else None for name in ends]
 
 
 def _sent(
@@ -284,11 +332,12 @@ class _Eager(torch.autograd.Function):
             out, *others = alike(arrays)
             output = _turned(call, out), *others
         _keep(ctx, call, arrays, output)
+        ctx.alike = alike
         return output[:2]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
-        return None, None, None, *_way_back(ctx, ctx.needs_input_grad[3:], dout, dlse)
+        return None, None, None, *_way_back(ctx, ctx.needs_input_grad[3:], dout, dlse, ctx.alike)
 
 
 class _Attend(torch.autograd.Function):
@@ -323,7 +372,9 @@ def _keep(ctx: Any, call: Call, arrays: Arrays, output: Sequence[Tensor | None])
     ctx.save_for_backward(*(arrays if at is None else arrays._replace(q_offset=None)), *output)
 
 
-def _way_back(ctx: Any, wanted: Sequence[bool], dout: Tensor | None, dlse: Tensor | None) -> Sequence[Tensor | None]:
+def _way_back(
+    ctx: Any, wanted: Sequence[bool], dout: Tensor | None, dlse: Tensor | None, alike: _Alike | None = None
+) -> Sequence[Tensor | None]:
     """The gradients of those that have some, None where they are not wanted."""
     tensors = ctx.saved_tensors
     arrays, saved = Arrays(*tensors[:COUNT]), tensors[COUNT:]
@@ -333,6 +384,8 @@ def _way_back(ctx: Any, wanted: Sequence[bool], dout: Tensor | None, dlse: Tenso
     if torch.is_grad_enabled() or is_watched():
         gradients = iter(_Gradients.apply(ctx.call, wanted, *arrays, *saved, dout, dlse))
         return [next(gradients) if wants else None for wants in wanted]
+    if alike is not None:
+        return alike.back(arrays, saved, dout, dlse, wanted)
     return _gradients(ctx.call, arrays, saved, dout, dlse, wanted)
 
 
@@ -644,7 +697,7 @@ def _forward(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
 
 def _saved(plan: _Plan, known: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
     """Those of `SAVED`, None where the way back does not need them."""
-    return tuple(None if name is None else known.get(name) for name in _given(plan, SAVED))
+    return tuple(None if name is None else known[name] for name in _given(plan, known, SAVED))
 
 
 def _whole(nothing: Tensor, output: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -657,6 +710,15 @@ def _gradients(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:  # fmt: skip
     """The gradients of `FLOATS`, None for those that are not wanted. saved: as `SAVED`, or its head."""
+    _, known = _backward(call, arrays, saved, dout, dlse, wanted)
+    return _found(call, known, wanted)
+
+
+def _backward(
+    call: Call, arrays: Arrays, saved: Sequence[Tensor | None], dout: Tensor, dlse: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Kernels, dict[str, Tensor]]:  # fmt: skip
+    """What was launched, and its arrays by name."""
     plan, known = _prepare(call, arrays)
     for name, x in zip(SAVED, saved, strict=False):
         if x is not None and x.numel():
@@ -666,7 +728,13 @@ def _gradients(
     if dlse is not None:
         known["dlse"] = dlse.resolve_neg().contiguous()
     has_bounds = bool(plan.bounds) and all(name in known for name in plan.bounds)
-    run(plan.backward(known["dout"].stride()[:3], wanted[3], dlse is not None, has_bounds), known)
+    kernels = plan.backward(known["dout"].stride()[:3], wanted[3], dlse is not None, has_bounds)
+    run(kernels, known)
+    return kernels, known
+
+
+def _found(call: Call, known: dict[str, Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of `FLOATS`, None for those that are not wanted."""
     found = [known[name] if wants else None for name, wants in zip(GRADIENTS, wanted, strict=True)]
     if call.layout == "bnhd":
         found[:3] = [None if x is None else _turned(call, x) for x in found[:3]]
