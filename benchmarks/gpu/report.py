@@ -31,7 +31,7 @@ def times(record: dict[str, Any]) -> list[float]:
 def costs(record: dict[str, Any]) -> list[float]:
     """What a call takes in a row of such calls, in every run: the device's part or the host's, whichever is longer.
 
-    The host's is the least of all runs: what else a machine does only adds to it.
+    The host's is the least of all runs, of each the median call: what else a machine does only adds to it.
     """
     least = min(run["host"] for run in record["runs"])
     return [max(run["ms"], least) for run in record["runs"]]

@@ -7,6 +7,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from operator import sub
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -355,26 +357,29 @@ def check(ready: Prepared, load: Workload, mode: str, expected: dict[str, Tensor
 
 
 def _on_device(call: Callable[[], Any], count: int, host: float = 2e-4) -> tuple[float, float]:
-    """Milliseconds of a call on the device, `count` of them queued behind a wait, and of the host's share of one.
+    """Milliseconds of a call on the device, `count` of them queued behind a wait, and of the host: the median call's.
 
-    Where the wait ends before all are launched, the host was waited for as well: once more, behind a longer one.
+    The first calls after a rest find the host's caches cold, and one may be interrupted: neither is what a call in a
+    row costs. Where the wait ends before all are launched, the host was waited for as well: once more, behind a longer
+    one.
     """
     for _ in range(3):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         time.sleep(timing.REST)
         torch.cuda._sleep(int(CYCLES * min(0.3, 1.3 * host * count + 2e-4)))
-        started = time.perf_counter()
+        clock = [time.perf_counter()]
         begin.record()
         for _ in range(count):
             call()
+            clock.append(time.perf_counter())
         late = begin.query()
         end.record()
-        host = (time.perf_counter() - started) / count
+        host = (clock[-1] - clock[0]) / count
         torch.cuda.synchronize()
         if not late:
             break
-    return begin.elapsed_time(end) / count, 1000 * host
+    return begin.elapsed_time(end) / count, 1000 * median(map(sub, clock[1:], clock))
 
 
 def calibrate(ready: Prepared, mode: str, least: float) -> dict[str, Any]:
