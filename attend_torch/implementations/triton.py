@@ -286,7 +286,7 @@ def _sent(
         None where one of them was not compiled for such.
     """
     place, steps = dict(place), []
-    for kernel in kernels.each:
+    for kernel in kernels:
         aligned = (True,) * (1 + len(kernel.given))
         launch = kernel.compiled.get((device, *(known[name].dtype for name in kernel.given), *aligned))
         if launch is None:
@@ -510,7 +510,7 @@ class _Kernel:
             self.compiled[key] = _launcher(compiled, launch, self.constants)
 
 
-class Kernels:
+class Kernels(tuple[_Kernel, ...]):
     """Launches in order, and how they are sent off together where all arrays are aligned, by devices and dtypes.
 
     Attributes:
@@ -518,12 +518,14 @@ class Kernels:
         made: of those that they make, in order.
     """
 
+    def __new__(cls, launches: Sequence[Launch]) -> Kernels:
+        return super().__new__(cls, map(_Kernel, launches))
+
     def __init__(self, launches: Sequence[Launch]) -> None:
-        self.each = tuple(map(_Kernel, launches))
-        self.made = tuple(name for kernel in self.each for name, *_ in kernel.made)
+        self.made = tuple(name for kernel in self for name, *_ in kernel.made)
         names: dict[str, None] = {}
         made: set[str] = set()
-        for kernel in self.each:
+        for kernel in self:
             names |= {name: None for name in kernel.given if name not in made}
             made |= {name for name, *_ in kernel.made}
         self.names = tuple(names)
@@ -627,7 +629,7 @@ def ready(launches: Sequence[Launch]) -> Kernels:
 def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
     """Run them in order, their outputs put among the arrays, all of which are on one device."""
     if plans.INTERPRETED:
-        for kernel in kernels.each:
+        for kernel in kernels:
             kernel(arrays, -1, 0, False)
         return
     given = [arrays[name] for name in kernels.names]
@@ -641,7 +643,7 @@ def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
         places.append(at := x.data_ptr())
         any_place |= at
     if any_place & 15:
-        for kernel in kernels.each:
+        for kernel in kernels:
             kernel(arrays, device, stream, heard)
         return
     key = device, *[x.dtype for x in given]
@@ -650,7 +652,7 @@ def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
         launch(stream, heard, given, places)
         arrays.update(zip(kernels.made, given[len(kernels.names) :], strict=True))
         return
-    for kernel in kernels.each:
+    for kernel in kernels:
         kernel(arrays, device, stream, heard)
     place: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(kernels.names, 1)}
     launch = _sent(kernels, place, len(places), arrays, device)
