@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,10 +101,12 @@ def plain(call: Call) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], to
     """(q, k, v) -> out, all in the caller's layout, for calls of nothing else; None where they need a mask."""
     if _needs_mask(call):
         return None
-    causal, scale, grouped = call.right == 0, call.scale, call.h != call.hk
+    said = {"is_causal": call.right == 0, "scale": call.scale, "enable_gqa": call.h != call.hk}
+    usual = {"is_causal": False, "scale": 1 / math.sqrt(call.d), "enable_gqa": False}
+    options: Any = {name: value for name, value in said.items() if value != usual[name]}  # each takes time to read
 
     def result(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, **options)
 
     if call.layout == "bhnd":
         return result
