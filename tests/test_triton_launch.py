@@ -384,6 +384,30 @@ def test_no_array_is_kept(machine: Machine) -> None:
     assert [x() for x in arrays] == [None] * 3
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["alone", "gradients"])
+def test_one_array_of_ids_is_not_two(gradients: bool, machine: Machine) -> None:
+    x = draw(1, 2, 64, 64).requires_grad_(gradients)
+    ids, others = (torch.zeros(1, 64, dtype=torch.int64) for _ in range(2))
+    arrays = [Arrays(x, x, x, q_segment_ids=ids, kv_segment_ids=its) for its in (ids, others)]
+    call = check(FRAMEWORK, arrays[0], False, None, None, None, 0.0, True, "bhnd", "triton")._replace(platform="cuda")
+    form = partial(again.form, call)
+    short = triton.short(call, form)
+    assert short is not None
+
+    def sent(both: Arrays, way: Callable[[Arrays], Any]) -> list[tuple]:
+        machine.seen.clear()
+        out, _ = way(both)
+        if gradients:
+            out.sum().backward()
+        return [tuple(x for x in given[HEAD:] if type(x) is not int or x < 2**32) for _, given in machine.seen]
+
+    for both in arrays * 2:
+        sent(both, short)
+    ours = [sent(both, short) for both in arrays]
+    assert ours == [sent(both, lambda given: triton.attend(call, form(given))) for both in arrays]
+    assert ours[0] != ours[1]  # where ids may differ, keys are looked for whose id no query has
+
+
 def test_known_ids_are_compared_by_one_launch(machine: Machine) -> None:
     from attend_torch.runs import _comparison
 

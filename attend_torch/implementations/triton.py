@@ -140,7 +140,7 @@ class _Alike:
                 places.append(place := x.data_ptr())
                 odd |= place | x.is_neg()
         device = given[0].get_device()
-        key = device, *[x.stride() for x in given]
+        key = device, arrays.q_segment_ids is arrays.kv_segment_ids, *[x.stride() for x in given]
         found, driver = self.found.get(key), _driver()
         if found is not None and not odd & 15 and device == driver.device():
             launch, pick = found
@@ -169,7 +169,8 @@ class _Alike:
                 places.append(place := x.data_ptr())
                 odd |= place | x.is_neg()
         device = dout.get_device()
-        key = "back", device, wanted, dlse is None, *[x.stride() for x in given]
+        one_id = arrays.q_segment_ids is arrays.kv_segment_ids
+        key = "back", device, wanted, dlse is None, one_id, *[x.stride() for x in given]
         found, driver = self.found.get(key), _driver()
         if found is None or odd & 15 or device != driver.device():
             kernels, known = _backward(self.call, arrays, saved, dout, dlse, wanted)
