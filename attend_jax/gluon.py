@@ -15,7 +15,7 @@ import jax
 
 from attend_shared.kernels.plan import Blocks, Launch
 
-SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int64": "i64"}
 CUDA_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType
 Pairs = tuple[tuple[str, Any], ...]
 

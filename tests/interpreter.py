@@ -22,7 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from triton.runtime import interpreter
 
 from attend_shared import cases, compare
-from attend_shared.call import Arrays, check
+from attend_shared.call import Arrays, canonical, check
 from attend_shared.dtypes import round_to
 from attend_shared.kernels import plan as plans
 from attend_shared.kernels import tiles
@@ -210,6 +210,43 @@ def packed() -> dict[str, list[str]]:
             if list(before[item, j + 1 :]) != [first * groups, end * groups]:
                 wrong.append(f"the run of {item}: {before[item, j + 1 :]} for {first * groups}, {end * groups}")
         found[name] = wrong
+    return found
+
+
+def ordered() -> dict[str, list[str]]:
+    """What of the order of tiles of queries and of keys, of eight heads together, is not as it is to be: each
+    tile once; the first run of heads by how many blocks are visited; programs with shares alike.
+    """
+    random, h, tiles, found = np.random.default_rng(0), 16, 16, {}
+    ids = np.sort(random.integers(0, 6, (2, tiles * 128)), 1)
+    ids[1] = np.arange(tiles * 128) // 1024
+    place = np.arange(tiles * 128)
+    q = torch.zeros(2, h, tiles * 128, 16, dtype=torch.float16)
+    for causal in (False, True):
+        arrays = Arrays(q, q, q, q_segment_ids=torch.from_numpy(ids))
+        call = check(FRAMEWORK, arrays, causal, None, None, None, 0.0, False, "bhnd", None)
+        arrays = canonical(call, arrays)
+        layout = plans.Layout(*(q.stride()[:3],) * 3, one_id=True)
+        plan, known = triton._prepare(call, arrays)
+        triton.run(plan.forward[:2], known)
+        shared = plans._Shared(call, layout, plans._ahead(call, layout))
+        for keys in (False, True):
+            launch, programs = plans._order(call, shared, keys)
+            triton.run(triton.ready([launch]), known)
+            order = known[launch.outputs[0].name].numpy()
+            starts, ends = (np.stack([np.searchsorted(x, x, side) for x in ids]) for side in ("left", "right"))
+            if causal:
+                starts, ends = (place + 0 * starts, ends) if keys else (starts, place + 1 + 0 * ends)
+            tiled = starts.reshape(2, tiles, 128).min(-1) // 64, -(-ends.reshape(2, tiles, 128).max(-1) // 64)
+            visited = np.repeat((tiled[1] - tiled[0])[:, None], h, 1).reshape(-1)
+            wrong = [] if (np.sort(order) == np.arange(2 * h * tiles)).all() else ["not each tile once"]
+            run = order[: 8 * tiles]
+            if (np.diff(visited[run]) > 0).any() or (run >= 8 * tiles).any():
+                wrong.append("the first run")
+            shares = visited[order].reshape(-1, programs).sum(0)
+            if shares.max() > 1.15 * shares.mean():
+                wrong.append(f"shares {shares.max() / shares.mean():.2f}")
+            found[f"{'keys' if keys else 'queries'}{', causal' * causal}"] = wrong
     return found
 
 
@@ -480,8 +517,8 @@ def coarse_sinks(*names: str) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "cases": run_cases, "visits": visits, "whole": whole, "packed": packed, "drawn": drawn, "torch": in_torch,
-    "biases": biases, "huge": huge, "softcap": softcap, "sinks": coarse_sinks,
+    "cases": run_cases, "visits": visits, "whole": whole, "packed": lambda: packed() | ordered(), "drawn": drawn,
+    "torch": in_torch, "biases": biases, "huge": huge, "softcap": softcap, "sinks": coarse_sinks,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -126,8 +126,9 @@ def test_whole_blocks_are_not_looked_at() -> None:
     }
 
 
-def test_keys_are_packed_in_order() -> None:
-    assert interpret("packed") == {"holes": [], "few": [], "runs": [], "none and all": []}
+def test_keys_are_packed_and_tiles_ordered() -> None:
+    keys, tiles = ("holes", "few", "runs", "none and all"), ("queries", "keys", "queries, causal", "keys, causal")
+    assert interpret("packed") == {name: [] for name in (*keys, *tiles)}
 
 
 def test_a_bias_has_its_gradient_with_dq() -> None:
@@ -1019,13 +1020,19 @@ def test_in_a_shard_map_results_vary_as_inputs_do_in_jax(monkeypatch: pytest.Mon
     assert [x.shape for x in found] == [x.shape for x in given]
 
 
+DOCUMENTS = {name: torch.empty(1, 16, 4096, 128, dtype=torch.bfloat16, device="meta") for name in "qkv"} | {
+    "q_segment_ids": torch.empty(1, 4096, dtype=torch.int64, device="meta")}  # fmt: skip
+
+
 def dq_of(at: int = 0, **options: Any) -> tuple[Call, plans.Launch]:
     """A call, and what makes its dq."""
     call = call_of(**options)
     x = (call.h * call.i * call.d, call.i * call.d, call.d)
     of_k = (call.hk * call.j * call.d, call.j * call.d, call.d)
-    found = plans.plan(call, plans.Layout(x, of_k, of_k, at=at, gluon=True)).backward(x, True, True, False)
+    layout = plans.Layout(x, of_k, of_k, at=at, one_id=True, gluon=True)
+    found = plans.plan(call, layout).backward(x, True, True, False)
     (launch,) = (each for each in found if "dq" in (output.name for output in each.outputs))
+    assert ("order_tiles" in [each.kernel for each in found]) == ("query_order" in launch.inputs)
     return call, launch
 
 
@@ -1049,7 +1056,10 @@ def dq_of(at: int = 0, **options: Any) -> tuple[Call, plans.Launch]:
         ({"softcap": 3.0}, False),
         ({"scale": -1.0}, False),
         ({"kv_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, False),
-        ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, False),
+        (DOCUMENTS, True),
+        (DOCUMENTS | {"is_causal": True, "window_size": (1022, 0)}, False),
+        (DOCUMENTS | {"q_lengths": torch.empty(1, dtype=torch.int64, device="meta")}, False),
+        ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, False),  # 64 programs
         ({"mask": torch.empty(2, 2048, dtype=torch.bool, device="meta")}, False),
         ({"bias": torch.empty(1, 4, 2048, 2048, dtype=torch.bfloat16, device="meta")}, False),
         ({"dropout": 0.1, "dropout_seed": 1}, False),
@@ -1064,12 +1074,16 @@ def test_what_the_kernel_of_dq_takes(options: dict[str, Any], taken: bool) -> No
     assert (launch.kernel == "long_query_gradients") == taken
 
 
-@pytest.mark.parametrize(("rows", "queries", "warps"), [(LONG, 128, 12), (MANY64, 192, 16)], ids=["128", "64"])
-def test_the_kernel_of_dq_compiles_in_jax(rows: dict[str, Any], queries: int, warps: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "programs", "warps"), [(DOCUMENTS, 128, 12), (MANY64, 132, 16)], ids=["documents of 128", "64"]
+)
+def test_the_kernel_of_dq_compiles_in_jax(rows: dict[str, Any], programs: int, warps: int) -> None:
     """Two or three groups of warps that compute, and one that loads."""
     call, launch = dq_of(**rows, is_causal=True)
-    assert launch.grid == (min(132, 8 * -(-call.j // queries)), 1, 1)
-    made = gluon.compiled(launch, [call.dtype] * 4 + ["float32", call.dtype])
+    assert launch.grid == (programs, 1, 1)
+    ids = dict.fromkeys(("q_segment_ids", "kv_segment_ids"), "int64")
+    dtypes = ids | {"known": "float32", "bounds": "int32", "query_order": "int32"}
+    made = gluon.compiled(launch, [dtypes.get(name or "", call.dtype) for name in (*launch.inputs, "dq")])
     assert made.warps == warps
     assert made.shared <= 227 * 1024
     assert made.boxes == ((3, (1, 1, 64, 64)),) * 4
@@ -1088,7 +1102,8 @@ def test_dq_reads_the_keys_of_few_heads_at_a_time(b: int, length: int, options: 
     """As long as programs have shares alike: keys and values of 64 heads are more than the L2 cache holds."""
     x = torch.empty(b, 16, length, 128, dtype=torch.bfloat16, device="meta")
     _, launch = dq_of(q=x, k=x, v=x, **options)
-    assert dict(zip(launch.function.arg_names[5:], launch.numbers, strict=False))["together"] == together
+    names = launch.function.arg_names[len(launch.inputs) :]
+    assert dict(zip(names, launch.numbers, strict=False))["together"] == together
 
 
 @pytest.mark.parametrize("shift", [0, 1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attend_shared.kernels.visits import FAR, length_of
+from attend_shared.kernels.visits import FAR, _blocks, _blocks_up, _hull, length_of
 from attend_shared.runs import CHANGED
 
 SAID = tl.constexpr(CHANGED)
@@ -223,3 +223,52 @@ def compare(now, then, N, BLOCK: tl.constexpr):
     inside = place < N
     same = tl.load(now + place, mask=inside, other=0) == tl.load(then + place, mask=inside, other=0)
     tl.device_assert(same, SAID)
+
+
+@triton.jit
+def _visits(
+    bounds, groups_before, groups, tile, tiles, others, low, high,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+):  # fmt: skip
+    """How many blocks of the other side tiles of SIZE rows visit: at least one."""
+    tile = tl.minimum(tile, tiles - 1)
+    some_from, some_to, _, _ = _hull(bounds, groups_before, tile, groups, SIZE // G)
+    start, stop = some_from // (BLOCK // G), tl.minimum((some_to + BLOCK // G - 1) // (BLOCK // G), others)
+    if LEFT:
+        start = tl.maximum(start, _blocks(tile * SIZE + low, BLOCK))
+    if RIGHT:
+        stop = tl.minimum(stop, _blocks_up(tile * SIZE + SIZE + high, BLOCK))
+    return tl.maximum(stop - start, 1)
+
+
+@triton.jit
+def order_tiles(
+    bounds, groups, all_groups, before, tiles, others, together, low, high, order,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    PART: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """In which order programs that stay go over the tiles of all heads, as n * tiles + tile: for each item and so many
+    heads together, those that visit most blocks first. From run of heads to run it begins elsewhere, so that a program,
+    which has the same places of all runs, visits as many blocks as any other, and heads come one after the other.
+
+    groups, all_groups, before: of G rows or keys on the tiles' side; on both; and before the tiles' side.
+    tiles, others: how many tiles of SIZE there are, and blocks on the other side.
+    low, high: the other side's rows that are seen by row t are those from t + low (LEFT) to t + high (RIGHT).
+    together: of all heads, whose number it divides; and the runs of so many heads divide a run's tiles.
+    """
+    part, h, H, b = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2)
+    groups_before = b * all_groups + before
+    tile = part * PART + tl.arange(0, PART)
+    cost = _visits(bounds, groups_before, groups, tile, tiles, others, low, high, SIZE, BLOCK, G, LEFT, RIGHT)
+    rank = tl.zeros((PART,), tl.int32)
+    for turn in range(tl.cdiv(tiles, MANY)):
+        n = turn * MANY + tl.arange(0, MANY)
+        its = _visits(bounds, groups_before, groups, n, tiles, others, low, high, SIZE, BLOCK, G, LEFT, RIGHT)[None, :]
+        first = (its > cost[:, None]) | ((its == cost[:, None]) & (n[None, :] < tile[:, None]))
+        rank += tl.sum((first & (n < tiles)[None, :]).to(tl.int32), 1)
+    runs, places, run = H // together, together * tiles, h // together
+    step = places // runs
+    at = rank * together + h % together
+    at = tl.where(run % 2 == 0, at, at // step * step + step - 1 - at % step)
+    at = (at + run * step) % places
+    tl.store(order + (b * runs + run) * places + at, (b * H + h) * tiles + tile, mask=tile < tiles)

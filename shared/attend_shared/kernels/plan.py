@@ -213,7 +213,11 @@ LONG_KEYS_SEEN = {64: 2048, 128: 1024}  # by how many queries, on average, from 
 LONG_KEYS_TILES = 67  # from which on half as many keys a program would not use more multiprocessors
 TOGETHER = 1, 2, 3, 6, 11, 16, 22, 33  # heads of which the first tiles of keys come first: as many as are tried
 LONG_QUERIES = {64: Tile(192, 64, 4, 4), 128: Tile(128, 64, 4, 5)}  # of queries.long_query_gradients, by d: the same
-LONG_QUERIES_ROOM = 1, 4  # for rows of q and dout of so many tiles; for blocks of values
+LONG_QUERIES_VALUES = 4  # blocks of values for which there is room
+RANKED = 16  # tiles, by a program of order_tiles
+ORDERED = 128  # queries or keys of a tile in `order_tiles`; blocks have half as many
+DOCUMENTS = 2048  # keys, from which on kernels in Gluon take segments
+ENOUGH = 120  # programs that go over tiles in that order, at least
 LONG_QUERIES_KEYS = {64: (4096, 4096), 128: (1024, 2048)}  # the same, by d; where positions rule out some
 LONG_QUERIES_WIDE = 1024  # keys of a window, from which on it is faster
 ROWS = 64  # at a time, in row_sums
@@ -396,29 +400,75 @@ def _takes_long_queries(call: Call, layout: Layout) -> bool:
     if d not in LONG_QUERIES or (d == 64 and (call.left is not None or call.right is None)):
         return False
     wide = call.left is None or _width(call) >= LONG_QUERIES_WIDE
+    if call.segments:  # which say how many blocks a tile visits: its order is made on the device
+        programs, _ = _rounds(call.h, _cdiv(call.i, LONG_QUERIES[d].queries))
+        if d != ORDERED or not layout.one_id or call.j < DOCUMENTS or programs < ENOUGH:
+            return False
+        call = call._replace(segments=False)
     return wide and _is_long(call, layout, d, LONG_QUERIES_KEYS[d][call.positional], LONG_QUERIES[d])
 
 
-def _long_queries(call: Call, shared: _Shared, dout: Strides) -> Launch:
+def _long_queries(call: Call, shared: _Shared, dout: Strides) -> tuple[Launch, ...]:
     at, left, right, *_ = shared.rest
     low = -FAR if call.left is None else _far(at - left)
     high = FAR if call.right is None else _far(at + right)
     (q, k, v), size, rows = shared.layout[:3], LONG_QUERIES[call.d], 64
     heads, blocks = call.b * call.h, _cdiv(call.i, size.queries)
-    tiles, values = LONG_QUERIES_ROOM
     sizes = tuple(1 << n for n in range(heads.bit_length()))
     together = _neighbours(heads, blocks, call.j, high, size, low, sizes, 1.05)
-    return Launch(
-        "long_query_gradients", (min(PERSISTENT, heads * blocks), 1, 1), ("q", "k", "v", "dout", "known"),
+    segments = "q_segment_ids", "kv_segment_ids", "bounds", "query_order"
+    order, programs = _order(call, shared, False) if call.segments else (None, min(PERSISTENT, heads * blocks))
+    launch = Launch(
+        "long_query_gradients", (programs, 1, 1),
+        ("q", "k", "v", "dout", "known", *(segments if call.segments else (None,) * 4)),
         (heads, call.h, call.i, call.j, shared.rows, blocks, together, low, high, shared.factor, call.scale),
         (Output("dq", shared.shape(call.h, call.i, call.d), call.dtype),),
         {"GROUP": call.h // call.hk, "D": call.d, "BN": size.keys, "GROUPS": size.queries // rows,
-         **_several(Q=q, K=k, V=v, DO=dout), "BNHD": shared.bnhd, "LEFT": call.left is not None,
-         "RIGHT": call.right is not None, "TILES": tiles, "STAGES_K": size.stages, "STAGES_V": values},
+         "G": shared.ahead.group, **_several(Q=q, K=k, V=v, DO=dout), "BNHD": shared.bnhd,
+         "LEFT": call.left is not None, "RIGHT": call.right is not None, "SEGMENTS": call.segments,
+         "STAGES_K": size.stages, "STAGES_V": LONG_QUERIES_VALUES},
         size.warps, 1, "queries",
         {"q": _blocks(call, q, call.h, call.i, rows), "k": _blocks(call, k, call.hk, call.j, size.keys),
          "v": _blocks(call, v, call.hk, call.j, size.keys), "dout": _blocks(call, dout, call.h, call.i, rows)},
     )  # fmt: skip
+    return (order, launch) if order else (launch,)
+
+
+def _order(call: Call, shared: _Shared, keys: bool) -> tuple[Launch, int]:
+    """What makes the order of a kernel's tiles, of queries or of keys, where segments say how many blocks each visits;
+    and how many programs go over them. An array (b * heads * tiles,), "query_order" or "key_order": the k-th tile of
+    program p is [k * programs + p], which says n * tiles + tile.
+    """
+    at, left, right, *_ = shared.rest
+    size, block, g = ORDERED, ORDERED // 2, shared.ahead.group
+    heads, length, other = (call.hk, call.j, call.i) if keys else (call.h, call.i, call.j)
+    tiles, groups, before = _cdiv(length, size), _cdiv(length, g), _cdiv(call.i, g) if keys else 0
+    programs, together = _rounds(heads, tiles)
+    low, high, has_low, has_high = _far(at - left), _far(at + right), call.left is not None, call.right is not None
+    if keys:
+        low, high, has_low, has_high = -high, -low, has_high, has_low
+    return Launch(
+        "order_tiles", (_cdiv(tiles, RANKED), heads, call.b), ("bounds",),
+        (groups, groups + _cdiv(other, g), before, tiles, _cdiv(other, block), together, low, high),
+        (Output("key_order" if keys else "query_order", (call.b * heads * tiles,), "int32"),),
+        {"SIZE": size, "BLOCK": block, "G": g, "LEFT": has_low, "RIGHT": has_high, "PART": RANKED, "MANY": MANY}, 4, 1,
+        "bounds",
+    ), programs  # fmt: skip
+
+
+@cache
+def _rounds(heads: int, tiles: int) -> tuple[int, int]:
+    """How many programs go over the tiles of an item whose heads have so many, and of how many heads the tiles are
+    ordered together, so that programs have as many places, and `order_tiles` can turn the order from run to run.
+    """
+    found = []
+    for together in range(1, heads + 1):
+        places, runs = together * tiles, heads // together
+        if heads % together == 0 == places % runs:
+            programs = next(n for n in range(min(places, PERSISTENT), 0, -1) if places % n == 0)
+            found.append((programs, -together))
+    programs, together = max(found)
+    return programs, -together
 
 
 def _neighbours(
@@ -935,7 +985,7 @@ def _backward(
     if dbias and together:
         launches.append(_queries_and_bias(call, layout, shared, together, more, qkv, dbias))
     elif _takes_long_queries(call, layout):
-        launches.append(_long_queries(call, shared, dout))
+        launches.extend(_long_queries(call, shared, dout))
     else:
         launches.append(Launch(
             "query_gradients", (_cdiv(i, size.queries), b * h, 1),
