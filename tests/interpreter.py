@@ -337,8 +337,8 @@ def huge() -> dict[str, list[float]]:
 
 
 def drawn() -> dict[str, str]:
-    """Whether gradients have the same bits where dropout's decisions are drawn once, in memory that holds something, as
-    where each launch draws its own; and are einsum's.
+    """Whether out, lse and gradients have the same bits where dropout's decisions are drawn once, in memory that holds
+    something, for the way back or for both ways, as where each launch draws its own; and are einsum's.
     """
     half = {"dtype": torch.float16}
     calls: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
@@ -347,8 +347,8 @@ def drawn() -> dict[str, str]:
         "a window": ((1, 1, 1, 150, 300, 8), {"window_size": (20, 3), "q_offset": 140, **half}),
         "lengths": ((2, 1, 1, 140, 150, 8), {
             "q_lengths": torch.tensor([20, 140]), "kv_lengths": torch.tensor([150, 9])}),
-        "bias, mask and sinks": ((1, 2, 1, 9, 34, 8), {
-            "bias": draw(1, 2, 9, 34, seed=1), "sinks": draw(2, seed=2), "mask": draw(1, 1, 9, 34, seed=3) > -1,
+        "bias, mask and sinks": ((1, 2, 1, 130, 34, 8), {
+            "bias": draw(1, 2, 130, 34, seed=1), "sinks": draw(2, seed=2), "mask": draw(1, 1, 130, 34, seed=3) > -1,
             **half}),
         "key mask and segments": ((1, 1, 1, 40, 40, 8), {
             "mask": draw(1, 40, seed=4) > 0, "softcap": 3.0, "q_segment_ids": torch.arange(40)[None] // 15,
@@ -362,21 +362,24 @@ def drawn() -> dict[str, str]:
         inputs = {what: x.to(dtype).requires_grad_() for what, x in inputs.items()}
         inputs |= {what: options.pop(what).requires_grad_() for what in ("bias", "sinks") if what in options}
 
-        def gradients(implementation: str, inputs: Any = inputs, options: Any = options) -> tuple[torch.Tensor, ...]:
-            out = attend(**inputs, **options, dropout=0.3, dropout_seed=99, implementation=implementation)
-            return torch.autograd.grad(out, tuple(inputs.values()), draw(*out.shape, seed=7).to(out.dtype))
+        def both_ways(implementation: str, inputs: Any = inputs, options: Any = options) -> tuple[torch.Tensor, ...]:
+            out, lse = attend(
+                **inputs, **options, dropout=0.3, dropout_seed=99, implementation=implementation, return_lse=True
+            )
+            gradients = torch.autograd.grad(out, tuple(inputs.values()), draw(*out.shape, seed=7).to(out.dtype))
+            return out.detach(), lse.detach().clamp(min=-99), *gradients
 
         results = []
-        for how, filled in ((False, 0), (True, -1)):
+        for takes, filled in ((2.0, 0), (1.0, -1), (plans.HELD, -1)):  # of the memory of the inputs
             plans.plan.cache_clear()
             triton._plan.cache_clear()
-            plans.draws_once = lambda _, how=how: how
+            plans.draws_once = lambda _, share=1.0, takes=takes: takes <= share
             triton._empty = lambda *x, filled=filled: empty(*x).fill_(filled) if x[2] == torch.int32 else empty(*x)
-            results.append(gradients("triton"))
+            results.append(both_ways("triton"))
         plans.draws_once, triton._empty = once, empty
-        same = all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-        others = gradients("einsum")
-        off = max((x.float() - y.float()).abs().max() / y.abs().max() for x, y in zip(results[1], others, strict=True))
+        same = all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+        others = both_ways("einsum")
+        off = max((x.float() - y.float()).abs().max() / y.abs().max() for x, y in zip(results[0], others, strict=True))
         found[name] = "ok" if same and off < (1e-5 if dtype == torch.float32 else 5e-3) else f"same: {same}, off: {off}"
     return found
 

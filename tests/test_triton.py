@@ -440,30 +440,34 @@ def test_an_address_that_a_parameter_reaches_on_one_way_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("b", "h", "hk", "i", "j", "d", "dropout", "once"),
+    ("b", "h", "hk", "i", "j", "d", "dropout", "drawn"),
     [
-        (4, 16, 16, 4096, 4096, 64, 0.1, True),  # as many bytes as q, k, v and out have
-        (4, 16, 16, 4097, 4096, 64, 0.1, False),
-        (4, 16, 16, 8192, 8192, 128, 0.1, True),
-        (1, 32, 8, 4096, 4096, 128, 0.1, True),
-        (1, 32, 1, 4096, 4096, 64, 0.1, False),
-        (4, 16, 16, 4096, 4096, 64, 0.0, False),
-        (1, 1, 1, 512, 512, 64, 0.1, False),  # a launch costs more
+        (4, 16, 16, 4096, 4096, 64, 0.1, "back"),  # as many bytes as q, k, v and out have
+        (4, 16, 16, 4097, 4096, 64, 0.1, ""),
+        (4, 16, 16, 8192, 8192, 128, 0.1, "back"),
+        (4, 16, 16, 4096, 4096, 128, 0.1, "forward"),  # half as many
+        (4, 16, 16, 4097, 4096, 128, 0.1, "back"),
+        (64, 16, 16, 64, 4096, 128, 0.1, "back"),  # as many rows again would be padding
+        (1, 32, 8, 4096, 4096, 128, 0.1, "back"),
+        (1, 32, 1, 4096, 4096, 64, 0.1, ""),
+        (4, 16, 16, 2048, 2048, 64, 0.0, ""),
+        (1, 1, 1, 512, 512, 64, 0.1, ""),  # a launch costs more
     ],
 )
 def test_dropout_is_drawn_once_where_that_takes_no_more_memory_than_the_inputs(
-    b: int, h: int, hk: int, i: int, j: int, d: int, dropout: float, once: bool
+    b: int, h: int, hk: int, i: int, j: int, d: int, dropout: float, drawn: str
 ) -> None:
+    """And for both ways where it takes no more than half of that."""
     q, k = (torch.empty(b, heads, n, d, dtype=torch.bfloat16, device="meta") for heads, n in ((h, i), (hk, j)))
     call = call_of(q=q, k=k, v=k, dropout=dropout, **({"dropout_seed": 1} if dropout else {}))
-    assert plans.draws_once(call) == once
+    assert (plans.draws_once(call), plans.keeps_drawn(call)) == (drawn != "", drawn == "forward")
     plan = plans.plan(call, plans.Layout(q.stride()[:3], k.stride()[:3], k.stride()[:3]))
-    made = {each.kernel: each.outputs for each in plan.backward(q.stride()[:3], False, False, False)}
-    assert ("draw" in made) == once
-    if once:
+    ways = {"forward": plan.forward, "back": plan.backward(q.stride()[:3], False, False, False)}
+    made = {way: each.outputs[0] for way, launches in ways.items() for each in launches if each.kernel == "draw"}
+    assert [*made] == [drawn] * bool(drawn)
+    if drawn:
         inputs = 2 * 2 * (q.numel() + k.numel())
-        assert 4 * int(np.prod(made["draw"][0].shape)) <= inputs
-    assert "draw" not in {each.kernel for each in plan.forward}
+        assert 4 * int(np.prod(made[drawn].shape)) <= inputs * (plans.HELD if drawn == "forward" else 1)
 
 
 def test_what_reads_drawn_bits_compiles_for_a_gpu() -> None:
@@ -472,11 +476,14 @@ def test_what_reads_drawn_bits_compiles_for_a_gpu() -> None:
     given = {"q": q, "k": q, "v": q, "kv_lengths": lengths, "q_lengths": lengths, "dropout_seed": 1}
     call = call_of(**given, dropout=0.1, window_size=(500, 9))
     strides = q.stride()[:3]
-    launches = plans.plan(call, plans.Layout(strides, strides, strides)).backward(strides, False, False, False)
+    plan = plans.plan(call, plans.Layout(strides, strides, strides))
+    sums, *backward = plan.backward(strides, False, False, False)
     dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype) | dict.fromkeys(("q_lengths", "kv_lengths"), "int64")
     dtypes |= {"known": "float32", "drawn": "int32", "dropout_seed": "int64"}
-    assert [each.kernel for each in launches] == ["row_sums", "draw", "query_gradients", "key_gradients"]
-    for launch in launches[1:]:
+    launches = *plan.forward, *backward
+    assert [each.kernel for each in launches] == ["draw", "forward", "query_gradients", "key_gradients"]
+    assert sums.kernel == "row_sums"
+    for launch in launches:
         ptx = compile_for_hopper(launch, dtypes).asm["ptx"]
         multiplied = any(str(number) in ptx for number in (0xD2511F53, 2**32 - 0xD2511F53))  # by Philox
         assert multiplied == (launch.kernel == "draw")

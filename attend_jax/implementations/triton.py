@@ -209,11 +209,11 @@ def run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
 
 
 def _forward(call: Call, arrays: Arrays) -> tuple[Array | None, ...]:
-    """out (b h i dv), and the others of `SAVED`, None those bounds that the way back does not take."""
+    """out (b h i dv), and the others of `SAVED`, None those that the way back does not take."""
     plan, known = _prepare(call, arrays)
     run(plan.forward, known)
     bounds = (known[name] if name in plan.bounds else None for name in plans.BOUNDS)
-    return _turned(call, known["out"]), *(known[name] for name in SAVED[1 : -len(plans.BOUNDS)]), *bounds
+    return _turned(call, known["out"]), *map(known.get, SAVED[1 : -len(plans.BOUNDS)]), *bounds
 
 
 def _gradients(

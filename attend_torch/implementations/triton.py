@@ -752,15 +752,21 @@ def _operator(*inputs: Any) -> tuple[Tensor, ...]:
     return _whole(inputs[0], found[:COMPILED])
 
 
-def _operator_fake(q: Tensor, _: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    data = Arrays(q, _, v, *rest[: COUNT - 3])
+def _operator_fake(*inputs: Any) -> tuple[Tensor, ...]:
+    data = Arrays(*inputs[:COUNT])
+    q, v = data.q, data.v
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     finer = q.dtype != torch.float32 and any(x is not None and x.dtype != q.dtype for x in (data.bias, data.sinks))
     b, h, i = q.shape[:3]
     rows = plans.padded_rows(i)
     plain = data.bias is None and data.sinks is None
     shapes = (b, h, i), (b, h, rows), (0,) if plain else (b, h, rows), out.shape if finer else (0,)
-    return out, *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    saved = [q.new_empty(shape, dtype=torch.float32) for shape in (*shapes, (0,))]
+    if inputs[-1]:
+        call, _ = blockwise.canonical(inputs[:COUNT], *inputs[COUNT:])
+        if plans.keeps_drawn(call):
+            saved[-1] = q.new_empty(plans.drawn_shape(call), dtype=torch.int32)
+    return out, *saved
 
 
 def _operator_gradients(*inputs: Any) -> tuple[Tensor, ...]:
@@ -795,10 +801,10 @@ def _derive(ctx: Any, dout: Tensor, dlse: Tensor, *_: Any) -> tuple:
     return tuple(result)
 
 
-_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_FIVE, _SIX = ("(" + ", ".join(["Tensor"] * n) + ")" for n in (5, 6))
 _TENSORS = ", ".join(f"Tensor {name}" for name in (*SAVED[:COMPILED], "dout", "dlse"))
 _LIBRARY = torch.library.Library("attend_torch", "FRAGMENT")
-_LIBRARY.define(f"triton({blockwise.ARRAYS}, {blockwise.OPTIONS}) -> {_FIVE}")
+_LIBRARY.define(f"triton({blockwise.ARRAYS}, {blockwise.OPTIONS}) -> {_SIX}")
 _LIBRARY.define(
     f"triton_gradients({blockwise.ARRAYS}, {_TENSORS}, bool wants_bias, {blockwise.OPTIONS}) -> {_FIVE}"
 )

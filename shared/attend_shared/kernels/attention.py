@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attend_shared.kernels.dropout import _columns, _drop
+from attend_shared.kernels.dropout import _bits_by_query, _columns, _drop, _where_kept
 from attend_shared.kernels.tiles import (
     LEAST,
     LN2,
@@ -151,13 +151,14 @@ def forward(
     SHARED: tl.constexpr, SINKS: tl.constexpr,
     SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     EVEN_KEYS: tl.constexpr, I_UNIT: tl.constexpr, J_UNIT: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
-    EXACT: tl.constexpr, SPLIT: tl.constexpr,
+    EXACT: tl.constexpr, SPLIT: tl.constexpr, DRAWN: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """out, lse, and what the way back needs: a row's largest logit and 1 / total, or both in one (BASE2).
 
     EXACT: out in float32 as well, its weights not rounded, where a gradient is finer than out. SPLIT: the rows of a
     program are the queries of all heads that read the same keys; its part of these is the third axis of the grid; and
-    out, lse and top are the sum of values, total and largest logit of that part, which `join` joins.
+    out, lse and top are the sum of values, total and largest logit of that part, which `join` joins. DRAWN: in the
+    place of the seed stands what `draw` left, WORDS for each query; not of parts.
     """
     I, J = told(I, I_UNIT), told(J, J_UNIT)
     turns = tl.num_programs(0)
@@ -261,6 +262,8 @@ def forward(
                     k + of_block * KN, _along(of_key, BN, KN, ALL)[None, :], tl.arange(0, BD)[:, None], alive[None, :],
                     D, BD, FULL or (stage == 1),
                 )  # fmt: skip
+                if DRAWN:
+                    bits = _bits_by_query(seed, n.to(tl.int64) * WORDS * P, rows, begin, P, BN)
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if SOFTCAP == 1:
                     s = _tanh(s, factor, cap)
@@ -298,7 +301,9 @@ def forward(
                     p = _exp(s - shift[:, None], BASE2)
                     shrink = _exp(m - shift, BASE2)
                 total = total * shrink + tl.sum(p, 1)
-                if THRESHOLD:
+                if DRAWN:
+                    p = _where_kept(bits, begin, columns[None, :], p, BN, NEAR)
+                elif THRESHOLD:
                     of_rows = heads.to(tl.int32)[:, None] if SPLIT else n % H
                     p = _drop(p, seed, b, of_rows, rows, at * (BN // 4), THRESHOLD, BM, BN, NEAR)
                 acc = acc * shrink[:, None]

@@ -227,11 +227,12 @@ MUCH_SHARED = ("9.0", "10.0", "10.3")  # compute capabilities whose programs may
 BY_THIRDS = ("9.0",)  # where products of float32 are put together from those of bfloat16; 10.0 has no room for the sums
 FEW = 16  # queries, up to which products of float32 are made in full all the same
 BOUNDS = ("alive", "listed", "before", "bounds")  # what is found out ahead, which the way back may be given
-SAVED = ("out", "lse", "top", "inverse", "exact", *BOUNDS)  # what the way back takes of the way forward
+SAVED = ("out", "lse", "top", "inverse", "exact", "drawn", *BOUNDS)  # what the way back takes of the way forward
 PADDED = 128  # the rows of what the way back takes of each row are a multiple of it, and of every block of queries
 DRAWN = Tile(128, 128, 1, 1) if INTERPRETED else Tile(128, 32, 2, 1)  # of `draw`, at a time
 DRAWN_TURNS = 4  # times, in a program
 MUCH_DRAWN = 0 if INTERPRETED else 2**22  # pairs, from which on drawing them anew costs more than a launch
+HELD = 0.5  # of the memory of q, k, v and out: what is drawn may take so much where it is kept for the way back
 PROGRAMS = 8 * PERSISTENT  # that fill a GPU
 PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
 
@@ -579,16 +580,26 @@ def _key_passes(call: Call) -> tuple[tuple[str, bool, bool], ...]:
     return ("value_gradients", False, True), ("key_gradients", True, False)
 
 
-def draws_once(call: Call) -> bool:
-    """Whether the way back has dropout's decisions drawn by one launch for all others, with the same results.
+def draws_once(call: Call, share: float = 1.0) -> bool:
+    """Whether dropout's decisions are drawn by one launch for all others of the way back, with the same results.
 
-    They take a bit each, in memory: no more than q, k, v and out take together, so that memory is linear in these. And
-    not where one launch more costs as much as it saves.
+    They take a bit each, in memory: no more than this share of what q, k, v and out take together, so that memory is
+    linear in these. And not where one launch more costs as much as it saves.
     """
     if not call.dropout or (call.b * call.h * call.i * call.j < MUCH_DRAWN):
         return False
     inputs = call.b * (call.d + call.dv) * (call.h * call.i + call.hk * call.j) * (4 if call.dtype == "float32" else 2)
-    return 4 * call.b * call.h * words(call) * padded_rows(call.i) <= inputs
+    return 4 * call.b * call.h * words(call) * padded_rows(call.i) <= share * inputs
+
+
+def keeps_drawn(call: Call) -> bool:
+    """Whether they are drawn on the way forward, for both: until the way back each layer of a model holds its own."""
+    return call.i >= PADDED and draws_once(call, HELD)  # of fewer queries most would be padding
+
+
+def drawn_shape(call: Call) -> tuple[int, int, int, int]:
+    """Of what `draw` leaves."""
+    return call.b, call.h, words(call), padded_rows(call.i)
 
 
 def words(call: Call) -> int:
@@ -684,7 +695,7 @@ class Plan(NamedTuple):
     """The launches of a way forward and of a way back.
 
     Attributes:
-        forward: gives "out", "lse", and what the way back takes of it: "top", "inverse" and "exact".
+        forward: gives "out", "lse", and what the way back takes of it: "top", "inverse", "exact" and "drawn".
         bounds: names of what it found out about what is not visited, which the way back finds out anew or is given.
         backward: takes all those, "dout" and "dlse", and gives "dq", "dk", "dv", and "dbias" and "dsinks" where asked
             for; a function of the strides of dout, and of whether dbias is wanted, whether there is a dlse, and whether
@@ -725,15 +736,19 @@ def plan(call: Call, layout: Layout) -> Plan:
     )  # fmt: skip
     partial = (b * hk, split, h // hk * i)
     constants = shared.constants(size, call.j % size.keys == 0 and not call.kv_lengths)
+    drawn = keeps_drawn(call)
+    if drawn:
+        launches.append(_draw(call, layout, shared))
     launches.append(Launch(
         "forward", (1, b * hk, split) if split else (_cdiv(i, size.queries), b * h, 1),
-        (*shared.inputs[:11], "sinks" if call.sinks else None, shared.seed, *shared.lists),
+        (*shared.inputs[:11], "sinks" if call.sinks else None, "drawn" if drawn else shared.seed,
+         *shared.lists),
         (h, i, call.j, shared.rows, *shared.qkv, *shared.pairs, *shared.rest),
         (Output("sums", (*partial, call.dv), "float32"), Output("totals", partial, "float32"),
          Output("tops", partial, "float32"), *(Output("unused", (1,), "float32", False),) * 2)
         if split else results,
         constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed, "SINKS": call.sinks is not None,
-                     "EXACT": exact, "SPLIT": split > 0},
+                     "EXACT": exact, "SPLIT": split > 0, "DRAWN": drawn, "WORDS": words(call) if drawn else 0},
         size.warps, size.stages,
     ))  # fmt: skip
     if not split and _is_plain(call, layout):
@@ -907,7 +922,7 @@ def _draw(call: Call, layout: Layout, shared: _Shared) -> Launch:
         (shared.seed, "q_lengths" if call.q_lengths else None, "kv_lengths" if call.kv_lengths else None,
          "q_offset" if layout.offset else None),
         (call.h, call.i, call.j, shared.rows, *shared.rest[:3]),
-        (Output("drawn", (call.b, call.h, words(call), shared.rows), "int32"),),
+        (Output("drawn", drawn_shape(call), "int32"),),
         {"BM": size.queries, "TURN": turns, "TURNS": DRAWN_TURNS, "WORDS": words(call),
          "THRESHOLD": threshold(call.dropout), "LEFT": call.left is not None, "RIGHT": call.right is not None,
          "OFFSET": layout.offset, "Q_LENGTHS": call.q_lengths, "KV_LENGTHS": call.kv_lengths}, size.warps, size.stages,
@@ -972,7 +987,7 @@ def _backward(
             {"BLOCK": MANY}, 4, 1, "gradients",
         ))  # fmt: skip
     once = draws_once(call)
-    if once:
+    if once and not keeps_drawn(call):
         launches.append(_draw(call, layout, shared))
     base = (*shared.inputs, "drawn" if once else shared.seed)
     saved = ("dout", "known")
