@@ -465,6 +465,9 @@ def test_dropout_is_drawn_once_where_that_takes_no_more_memory_than_the_inputs(
     ways = {"forward": plan.forward, "back": plan.backward(q.stride()[:3], False, False, False)}
     made = {way: each.outputs[0] for way, launches in ways.items() for each in launches if each.kernel == "draw"}
     assert [*made] == [drawn] * bool(drawn)
+    assert "draw" not in {each.kernel for each in plan.alone}
+    forward, alone = (launches[-1].constants.get("BN") for launches in (plan.forward, plan.alone))
+    assert forward == alone  # on which the order of sums hangs
     if drawn:
         inputs = 2 * 2 * (q.numel() + k.numel())
         assert 4 * int(np.prod(made[drawn].shape)) <= inputs * (plans.HELD if drawn == "forward" else 1)

@@ -64,7 +64,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array]:
-    return _attend_fwd(call, floats, data)[0]
+    return batching(call, partial(_forward, alone=True))(data._replace(**floats._asdict()))[:2]
 
 
 def _attend_fwd(call: Call, floats: Floats, data: Arrays) -> tuple:
@@ -208,10 +208,10 @@ def run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
         arrays.update(zip((output.name for output in launch.outputs), made, strict=True))
 
 
-def _forward(call: Call, arrays: Arrays) -> tuple[Array | None, ...]:
-    """out (b h i dv), and the others of `SAVED`, None those that the way back does not take."""
+def _forward(call: Call, arrays: Arrays, alone: bool = False) -> tuple[Array | None, ...]:
+    """out (b h i dv), and the others of `SAVED`, None those that the way back does not take. alone: as in `Plan`."""
     plan, known = _prepare(call, arrays)
-    run(plan.forward, known)
+    run(plan.alone if alone else plan.forward, known)
     bounds = (known[name] if name in plan.bounds else None for name in plans.BOUNDS)
     return _turned(call, known["out"]), *map(known.get, SAVED[1 : -len(plans.BOUNDS)]), *bounds
 

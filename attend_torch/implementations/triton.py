@@ -74,7 +74,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     elif needs_gradients(arrays):
         out, lse = _Eager.apply(call, arrays, None, arrays.q, arrays.k, arrays.v, arrays.bias, arrays.sinks)
     else:
-        _, known = _forward(call, arrays)
+        _, known = _forward(call, arrays, True)
         out, lse = known["out"], known["lse"]
     return out, lse
 
@@ -103,11 +103,11 @@ def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
             out, lse = ends(values)
             return (out, lse) if with_lse else out
         arrays = Arrays(q, k, v)
-        plan, by_name = _forward(call, canonical(call, arrays))
+        plan, by_name = _forward(call, canonical(call, arrays), True)
         if not (places[1] | places[2] | places[3]) & 15:
             if len(found) >= STRIDES:
                 found.clear()
-            found[key] = _shortened(plan.forward, _tensors(arrays), by_name, ("out", "lse"))
+            found[key] = _shortened(plan.alone, _tensors(arrays), by_name, ("out", "lse"))
         out = _turned(call, by_name["out"])
         return (out, by_name["lse"]) if with_lse else out
 
@@ -124,10 +124,13 @@ class _Alike:
         call: at which nothing looks on.
         canonical: what gives arrays their one form.
         ends: names of what is given back, as it lies.
+        alone: as in `Plan`.
     """
 
-    def __init__(self, call: Call, canonical: Callable[[Arrays], Arrays], ends: Sequence[str]) -> None:
-        self.call, self.canonical, self.ends = call, canonical, ends
+    def __init__(
+        self, call: Call, canonical: Callable[[Arrays], Arrays], ends: Sequence[str], alone: bool = False
+    ) -> None:
+        self.call, self.canonical, self.ends, self.alone = call, canonical, ends, alone
         self.found: dict[tuple, _Shortened | None] = {}
 
     def __call__(self, arrays: Arrays) -> Sequence[Any]:
@@ -147,12 +150,12 @@ class _Alike:
             launch(driver.stream(device), _is_heard(driver.knobs.runtime), given, places)
             given.append(None)
             return pick(given)
-        plan, known = _forward(self.call, self.canonical(arrays))
+        plan, known = _forward(self.call, self.canonical(arrays), self.alone)
         ends = _given(plan, known, self.ends)
         if not odd & 15 and key not in self.found:
             if len(self.found) >= STRIDES:
                 self.found.clear()
-            self.found[key] = _shortened(plan.forward, _tensors(arrays), known, ends)
+            self.found[key] = _shortened(plan.ahead(self.alone), _tensors(arrays), known, ends)
         out = _turned(self.call, known["out"])
         return tuple(None if name is None else out if name == "out" else known[name] for name in ends)
 
@@ -202,7 +205,7 @@ def short(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays
         return None
     if call.gradient:
         return _recorded(call, canonical)
-    with_lse, alike = call.return_lse, _Alike(call, canonical, ("out", "lse"))
+    with_lse, alike = call.return_lse, _Alike(call, canonical, ("out", "lse"), True)
 
     def result(arrays: Arrays) -> Any:
         out, lse = alike(arrays)
@@ -582,7 +585,12 @@ class _Plan:
         self.bounds = plan.bounds
         self.aligned = plan.aligned
         self.forward = Kernels(plan.forward)
+        self.alone = self.forward if plan.alone is plan.forward else Kernels(plan.alone)
         self.backward = lru_cache(maxsize=64)(lambda *how: Kernels(plan.backward(*how)))
+
+    def ahead(self, alone: bool) -> Kernels:
+        """What is launched on the way forward. alone: there is none back."""
+        return self.alone if alone else self.forward
 
 
 @lru_cache(maxsize=1024)
@@ -690,10 +698,10 @@ def _turned(call: Call, x: Tensor) -> Tensor:
     return x.transpose(1, 2) if call.layout == "bnhd" else x
 
 
-def _forward(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
-    """What was launched, and its arrays by name: inputs and outputs, out (b h i dv) among them."""
+def _forward(call: Call, arrays: Arrays, alone: bool = False) -> tuple[_Plan, dict[str, Tensor]]:
+    """What was launched, and its arrays by name: inputs and outputs, out (b h i dv) among them. alone: as in `Plan`."""
     plan, known = _prepare(call, arrays)
-    run(plan.forward, known)
+    run(plan.ahead(alone), known)
     known["out"] = _turned(call, known["out"])
     return plan, known
 

@@ -1,4 +1,4 @@
-"""What dropout keeps: drawn where it is needed, or once for all that need it on the way back.
+"""What dropout keeps: drawn where it is needed, or once for all that need it.
 
 References:
     Salmon et al.: Parallel random numbers: as easy as 1, 2, 3 (2011).
@@ -178,7 +178,7 @@ def draw(
     BM: tl.constexpr, TURN: tl.constexpr, TURNS: tl.constexpr, WORDS: tl.constexpr, THRESHOLD: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr,
 ):  # fmt: skip
-    """What dropout keeps, once for all that need it on the way back: (b, h, WORDS, P), a bit for each of 32 keys.
+    """What dropout keeps, once for all that need it: (b, h, WORDS, P), a bit for each of 32 keys.
     PADDED queries by PADDED keys of which no position is allowed are left out: no block in them is visited.
 
     TURN: words at a time; TURNS: how often, in a program.

@@ -148,6 +148,7 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("forward", 2, 256): Tile(128, 64, 8, 2),
     ("forward with dropout", 2, 64): Tile(64, 64, 4, 2),
     ("forward with dropout", 2, 128): Tile(64, 64, 4, 2),
+    ("forward with bits", 2, 64): Tile(64, 64, 4, 2),
     ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("query_gradients with a window", 2, 128): Tile(64, 64, 4, 2),
     ("query_gradients with segments", 2, 128): Tile(64, 64, 4, 2),
@@ -264,13 +265,16 @@ def refusal(call: Call) -> str | None:
     return None
 
 
-def tile(kernel: str, call: Call, capability: str) -> Tile:
-    """The sizes of a kernel's blocks for a call, on a GPU of this compute capability."""
+def tile(kernel: str, call: Call, capability: str, drawn: bool = False) -> Tile:
+    """The sizes of a kernel's blocks for a call, on a GPU of this compute capability. drawn: whether forward has bits.
+
+    How many keys forward has at a time must not hang on that, nor its results.
+    """
     if INTERPRETED:
         return SMALL_TILES[call.i * call.j > 64**2]
     width, size = 4 if call.dtype == "float32" else 2, max(64, _padded(call.d), _padded(call.dv))
-    has = {"dropout": call.dropout, "softcap": call.softcap is not None, "a window": call.left is not None,
-           "segments": call.segments}  # fmt: skip
+    has = {"bits": drawn, "dropout": call.dropout, "softcap": call.softcap is not None,
+           "a window": call.left is not None, "segments": call.segments}  # fmt: skip
     with_what = next((f" with {what}" for what in has if has[what]), "")
     with_bias = kernel + " with a bias" * (call.bias is not None)
     found = next(TILES[key] for key in ((name, width, size) for name in (kernel + with_what, with_bias, kernel))
@@ -696,6 +700,7 @@ class Plan(NamedTuple):
 
     Attributes:
         forward: gives "out", "lse", and what the way back takes of it: "top", "inverse", "exact" and "drawn".
+        alone: gives the same "out" and "lse", faster, where there is no way back: it keeps nothing that is drawn.
         bounds: names of what it found out about what is not visited, which the way back finds out anew or is given.
         backward: takes all those, "dout" and "dlse", and gives "dq", "dk", "dv", and "dbias" and "dsinks" where asked
             for; a function of the strides of dout, and of whether dbias is wanted, whether there is a dlse, and whether
@@ -704,6 +709,7 @@ class Plan(NamedTuple):
     """
 
     forward: tuple[Launch, ...]
+    alone: tuple[Launch, ...]
     bounds: tuple[str, ...]
     backward: Callable[[Strides, bool, bool, bool], tuple[Launch, ...]]
     aligned: bool = False
@@ -735,22 +741,27 @@ def plan(call: Call, layout: Layout) -> Plan:
         Output("exact", shared.shape(h, i, call.dv) if exact else (b, 1), "float32", exact),
     )  # fmt: skip
     partial = (b * hk, split, h // hk * i)
-    constants = shared.constants(size, call.j % size.keys == 0 and not call.kv_lengths)
-    drawn = keeps_drawn(call)
-    if drawn:
+
+    def attention(drawn: bool) -> Launch:
+        tiles = tile("forward", call, layout.capability, drawn) if drawn else size
+        constants = shared.constants(tiles, call.j % tiles.keys == 0 and not call.kv_lengths)
+        return Launch(
+            "forward", (1, b * hk, split) if split else (_cdiv(i, tiles.queries), b * h, 1),
+            (*shared.inputs[:11], "sinks" if call.sinks else None, "drawn" if drawn else shared.seed, *shared.lists),
+            (h, i, call.j, shared.rows, *shared.qkv, *shared.pairs, *shared.rest),
+            (Output("sums", (*partial, call.dv), "float32"), Output("totals", partial, "float32"),
+             Output("tops", partial, "float32"), *(Output("unused", (1,), "float32", False),) * 2)
+            if split else results,
+            constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed, "SINKS": call.sinks is not None,
+                         "EXACT": exact, "SPLIT": split > 0, "DRAWN": drawn, "WORDS": words(call) if drawn else 0},
+            tiles.warps, tiles.stages,
+        )  # fmt: skip
+
+    alone = None
+    if keeps_drawn(call):
+        alone = *launches, attention(False)
         launches.append(_draw(call, layout, shared))
-    launches.append(Launch(
-        "forward", (1, b * hk, split) if split else (_cdiv(i, size.queries), b * h, 1),
-        (*shared.inputs[:11], "sinks" if call.sinks else None, "drawn" if drawn else shared.seed,
-         *shared.lists),
-        (h, i, call.j, shared.rows, *shared.qkv, *shared.pairs, *shared.rest),
-        (Output("sums", (*partial, call.dv), "float32"), Output("totals", partial, "float32"),
-         Output("tops", partial, "float32"), *(Output("unused", (1,), "float32", False),) * 2)
-        if split else results,
-        constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed, "SINKS": call.sinks is not None,
-                     "EXACT": exact, "SPLIT": split > 0, "DRAWN": drawn, "WORDS": words(call) if drawn else 0},
-        size.warps, size.stages,
-    ))  # fmt: skip
+    launches.append(attention(alone is not None))
     if not split and _is_plain(call, layout):
         launches[-1] = _plain(call, shared, results)
     if not split and _is_narrow(call, layout):
@@ -773,7 +784,8 @@ def plan(call: Call, layout: Layout) -> Plan:
     made = {output.name for launch in launches for output in launch.outputs}
     aligned = any(launch.gluon for launch in launches)
     aligned = aligned or _takes_long_queries(call, layout) or _takes_long_keys(call, layout)
-    return Plan(tuple(launches), tuple(name for name in bounds if name in made), backward, aligned)
+    forward = tuple(launches)
+    return Plan(forward, alone or forward, tuple(name for name in bounds if name in made), backward, aligned)
 
 
 class _Shared:
