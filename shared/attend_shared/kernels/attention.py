@@ -228,10 +228,14 @@ def forward(
     FAR_APART: tl.constexpr = PACKED and BD == 128 and not PRECISE
     ALL: tl.constexpr = BD == 128 and not (PACKED or PRECISE or BIAS)
     AHEAD: tl.constexpr = 1 if FEW else (5 if FAR_APART else None)
+    EARLY: tl.constexpr = DRAWN and not LISTED  # bits are read a turn ahead, into registers
+    of_head, last = n.to(tl.int64) * WORDS * P, tl.cdiv(J, BN) - 1
     for stage in tl.static_range(3):  # blocks that may be cut, whole blocks, and blocks that may be cut
         if (stage == 0 and BEFORE) or (stage == 1 and not SPLIT) or (stage == 2 and AFTER):
             from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
             to_block = whole_from if stage == 0 else (whole_to if (stage == 1 and not ONE) else stop)
+            if EARLY:
+                coming = _bits_by_query(seed, of_head, rows, tl.minimum(from_block + behind, last) * BN, P, BN)
             for turn in tl.range(from_block, to_block, num_stages=AHEAD if stage != 1 else None):
                 at = turn + behind
                 if LISTED and (stage != 1):
@@ -262,8 +266,11 @@ def forward(
                     k + of_block * KN, _along(of_key, BN, KN, ALL)[None, :], tl.arange(0, BD)[:, None], alive[None, :],
                     D, BD, FULL or (stage == 1),
                 )  # fmt: skip
-                if DRAWN:
-                    bits = _bits_by_query(seed, n.to(tl.int64) * WORDS * P, rows, begin, P, BN)
+                if EARLY:
+                    bits = coming
+                    coming = _bits_by_query(seed, of_head, rows, tl.minimum(at + 1, last) * BN, P, BN)
+                elif DRAWN:
+                    bits = _bits_by_query(seed, of_head, rows, begin, P, BN)
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if SOFTCAP == 1:
                     s = _tanh(s, factor, cap)

@@ -221,10 +221,14 @@ def query_gradients(
             _store_rows(dq, tl.zeros((BM, BD), tl.float32), b64, h64, first64, local, rows < I, H, I, D, BD, BNHD)
             return
     acc = tl.zeros((BM, BD), tl.float32)
+    EARLY: tl.constexpr = DRAWN and not LISTED  # as forward
+    of_head, last = n.to(tl.int64) * WORDS * P, tl.cdiv(J, BN) - 1
     for stage in tl.static_range(3):
         if (stage == 0 and BEFORE) or (stage == 1) or (stage == 2 and AFTER):
             from_block = start if (stage == 0 or ONE) else (whole_from if stage == 1 else whole_to)
             to_block = whole_from if stage == 0 else (whole_to if (stage == 1 and not ONE) else stop)
+            if EARLY:
+                coming = _bits_by_query(seed, of_head, rows, tl.minimum(from_block + behind, last) * BN, P, BN)
             for turn in tl.range(from_block, to_block, num_stages=AHEAD if stage != 1 else None):
                 at = turn + behind
                 if LISTED and (stage != 1):
@@ -252,8 +256,11 @@ def query_gradients(
                     v + of_block * VN, of_key[None, :] * VN, tl.arange(0, BDV)[:, None], alive[None, :],
                     DV, BDV, FULL or (stage == 1),
                 )  # fmt: skip
-                if DRAWN:
-                    bits = _bits_by_query(seed, n.to(tl.int64) * WORDS * P, rows, begin, P, BN)
+                if EARLY:
+                    bits = coming
+                    coming = _bits_by_query(seed, of_head, rows, tl.minimum(at + 1, last) * BN, P, BN)
+                elif DRAWN:
+                    bits = _bits_by_query(seed, of_head, rows, begin, P, BN)
                 s = _dot(tile_q, tile_k, tl.zeros((BM, BN), tl.float32), WIDEN)
                 if BIAS:
                     added = _pairs(
