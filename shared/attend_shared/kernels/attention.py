@@ -228,7 +228,7 @@ def forward(
     FAR_APART: tl.constexpr = PACKED and BD == 128 and not PRECISE
     ALL: tl.constexpr = BD == 128 and not (PACKED or PRECISE or BIAS)
     AHEAD: tl.constexpr = 1 if FEW else (5 if FAR_APART else None)
-    EARLY: tl.constexpr = DRAWN and not LISTED  # bits are read a turn ahead, into registers
+    EARLY: tl.constexpr = DRAWN and not LISTED and BD <= 64  # bits are read a turn ahead, into registers
     of_head, last = n.to(tl.int64) * WORDS * P, tl.cdiv(J, BN) - 1
     for stage in tl.static_range(3):  # blocks that may be cut, whole blocks, and blocks that may be cut
         if (stage == 0 and BEFORE) or (stage == 1 and not SPLIT) or (stage == 2 and AFTER):

@@ -221,7 +221,7 @@ def query_gradients(
             _store_rows(dq, tl.zeros((BM, BD), tl.float32), b64, h64, first64, local, rows < I, H, I, D, BD, BNHD)
             return
     acc = tl.zeros((BM, BD), tl.float32)
-    EARLY: tl.constexpr = DRAWN and not LISTED  # as forward
+    EARLY: tl.constexpr = DRAWN and not LISTED  # as forward of 64
     of_head, last = n.to(tl.int64) * WORDS * P, tl.cdiv(J, BN) - 1
     for stage in tl.static_range(3):
         if (stage == 0 and BEFORE) or (stage == 1) or (stage == 2 and AFTER):

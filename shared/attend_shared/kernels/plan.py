@@ -148,7 +148,6 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("forward", 2, 256): Tile(128, 64, 8, 2),
     ("forward with dropout", 2, 64): Tile(64, 64, 4, 2),
     ("forward with dropout", 2, 128): Tile(64, 64, 4, 2),
-    ("forward with bits", 2, 64): Tile(64, 64, 4, 2),
     ("query_gradients", 2, 64): Tile(64, 64, 4, 3),
     ("query_gradients with a window", 2, 128): Tile(64, 64, 4, 2),
     ("query_gradients with segments", 2, 128): Tile(64, 64, 4, 2),
