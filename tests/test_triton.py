@@ -719,12 +719,13 @@ MANY64 = {name: torch.empty(2, 4, 4096, 64, dtype=torch.bfloat16, device="meta")
     [
         ({}, True),
         ({"is_causal": True}, True),
-        ({"is_causal": True, "q": MANY["q"][:, :, :2047], "q_offset": 0}, False),  # few a key
-        ({"is_causal": True, "q": MANY["q"][:, :, :2047], "q_offset": 1}, False),
-        ({"q": MANY["q"][:, :, :1024], "q_offset": 0}, True),
-        ({"q": MANY["q"][:, :, :1024], "q_offset": 1024}, True),
+        ({"is_causal": True, "q": MANY["q"][:, :, :1023], "q_offset": 0}, False),  # few a key
+        ({"is_causal": True, "q": MANY["q"][:, :, :1023], "q_offset": 1025}, False),
+        ({"is_causal": True, "q": MANY["q"][:, :, :1024], "q_offset": 0}, True),
+        ({"q": MANY["q"][:, :, :512], "q_offset": 0}, True),
+        ({"q": MANY["q"][:, :, :512], "q_offset": 1536}, True),
         ({"is_causal": True, "q_offset": 5}, False),  # which is data in JAX
-        ({"q": MANY["q"][:, :, :1023], "q_offset": 0}, False),
+        ({"q": MANY["q"][:, :, :511], "q_offset": 0}, False),
         ({"window_size": (1023, 0)}, True),
         ({"window_size": (1022, 0)}, False),
         ({"window_size": (None, 5)}, True),
@@ -745,8 +746,9 @@ MANY64 = {name: torch.empty(2, 4, 4096, 64, dtype=torch.bfloat16, device="meta")
         ({name: x.float() for name, x in MANY.items()}, False),
         (MANY64, True),
         (MANY64 | {"is_causal": True}, True),
-        ({name: x[:, :, :4000] for name, x in MANY64.items()} | {"is_causal": True}, False),
-        ({name: x[:, :, :2000] for name, x in MANY64.items()}, False),
+        (MANY64 | {"window_size": (2047, 0)}, True),
+        (MANY64 | {"window_size": (2046, 0)}, False),
+        ({name: x[:, :, :4000] for name, x in MANY64.items()} | {"is_causal": True}, True),
         ({name: x[..., :96] for name, x in MANY.items()}, False),
         ({"v": MANY["v"][..., :64]}, False),
         ({"softcap": 3.0}, False),

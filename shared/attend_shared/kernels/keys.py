@@ -4,8 +4,8 @@ Two groups of four warps have 64 keys each; one more warp loads queries and dout
 the rows of all products, so that weights, and what dk takes of them, are in registers where the next product reads
 them. A group asks at once for the products of its keys with a block of queries, for dk of the block before, and for the
 products of its values with dout. While the last two run it makes the exponentials, and while dv is summed what dk will
-take. A program stays, and goes over its share of the keys of all heads: the next keys are loaded while the results of
-the last ones are stored.
+take. A program stays, and goes over its share of the keys of all heads: the next keys, and ahead of them the first of
+their queries, are loaded while the last ones' dk is summed and their results are stored.
 
 Blocks of queries that position cuts are looked at one by one, the others are not (as in `attention`). Sums are of 16
 queries at a time, in their order, as `gradients.key_gradients` makes them.
@@ -26,6 +26,8 @@ from attend_shared.kernels.visits import _blocks, _blocks_up, _clip
 NOTHING = gl.constexpr(float("-inf"))
 GROUPS = gl.constexpr(2)
 BM = gl.constexpr(64)  # queries of a block
+AHEAD = gl.constexpr(2)  # blocks of a tile's queries that are loaded before its keys, which wait for room
+PIECE = gl.constexpr(64)  # numbers of a row that go by way of shared memory at a time
 
 
 @gluon.jit
@@ -52,26 +54,36 @@ def _loaded(block, I, low, high, LEFT: gl.constexpr, RIGHT: gl.constexpr):
 
 
 @gluon.jit
+def _load_keys(
+    k, v, tile, b, hk, first, keys_of, values_of, kv_loaded, kv_done, D: gl.constexpr, KB: gl.constexpr,
+    KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr,
+):  # fmt: skip
+    """Of a tile, when no group reads the last one's."""
+    bar = kv_loaded.index(0)
+    mbarrier.wait(kv_done.index(0), tile & 1 ^ 1)
+    mbarrier.expect(bar, 2 * GROUPS * ROWS * D * 2)
+    for group in gl.static_range(GROUPS):
+        at_k, at_v = [b * KB, hk * KH, first + group * ROWS, 0], [b * VB, hk * VH, first + group * ROWS, 0]
+        tma.async_copy_global_to_shared(k, at_k, bar, keys_of.index(group))
+        tma.async_copy_global_to_shared(v, at_v, bar, values_of.index(group))
+
+
+@gluon.jit
 def _load(
     q, k, v, dout, known, N, H, I, blocks, together, low, high, keys_of, values_of, queries_of, outs_of, known_of,
     kv_loaded, kv_done, loaded, done, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, QB: gl.constexpr,
     QH: gl.constexpr, KB: gl.constexpr, KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr, DOB: gl.constexpr,
     DOH: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """Of each tile keys and values; then block after block of queries, dout and what is known of their rows."""
+    """Of each tile block after block of queries, dout and what is known of their rows; behind the first, its keys and
+    values.
+    """
     HK = H // GROUP
     count = 0
     for tile in range(tiles_of(blocks, N)):
         n, block = tile_of(tile, N, blocks, together)
         b, hk, first = n // HK, n % HK, block * (GROUPS * ROWS)
         start, stop = _loaded(block, I, low, high, LEFT, RIGHT)
-        bar = kv_loaded.index(0)
-        mbarrier.wait(kv_done.index(0), tile & 1 ^ 1)
-        mbarrier.expect(bar, 2 * GROUPS * ROWS * D * 2)
-        for group in gl.static_range(GROUPS):
-            at_k, at_v = [b * KB, hk * KH, first + group * ROWS, 0], [b * VB, hk * VH, first + group * ROWS, 0]
-            tma.async_copy_global_to_shared(k, at_k, bar, keys_of.index(group))
-            tma.async_copy_global_to_shared(v, at_v, bar, values_of.index(group))
         for member in range(GROUP):
             h = hk * GROUP + member
             for turn in range(start, stop):
@@ -83,6 +95,10 @@ def _load(
                 tma.async_copy_global_to_shared(known, [b * H + h, turn * BM, 0], bar, known_of.index(at))
                 tma.async_copy_global_to_shared(dout, [b * DOB, h * DOH, turn * BM, 0], bar, outs_of.index(at))
                 count += 1
+                if (member == 0) & (turn == gl.minimum(start + AHEAD, stop) - 1):
+                    _load_keys(
+                        k, v, tile, b, hk, first, keys_of, values_of, kv_loaded, kv_done, D, KB, KH, VB, VH
+                    )  # fmt: skip
 
 
 @gluon.jit
@@ -165,14 +181,34 @@ def _turn(
 
 
 @gluon.jit
+def _put(x, starts, here, spare, PIECES: gl.constexpr):
+    """Store a piece of a group's rows as whole lines of memory, by way of shared memory."""
+    lanes = gl.arange(0, PIECE, gl.SliceLayout(0, PIECES))
+    spare.store(x)
+    gl.store(starts[:, None] + lanes[None, :], spare.load(PIECES), mask=here)
+
+
+@gluon.jit
+def _put_rows(x, starts, here, spare, D: gl.constexpr, PIECES: gl.constexpr):
+    """Store a group's rows."""
+    if D == PIECE:
+        _put(x, starts, here, spare, PIECES)
+    else:
+        left, right = x.reshape((ROWS, 2, PIECE)).permute((0, 2, 1)).split()
+        _put(left, starts, here, spare, PIECES)
+        _put(right, starts + PIECE, here, spare, PIECES)
+
+
+@gluon.jit
 def _sum(
-    WHICH: gl.constexpr, keys_of, values_of, queries_of, outs_of, known_of, kv_loaded, kv_done, loaded, done, N, H, I,
-    J, blocks, together, low, high, factor, scale, dk_of, dv_of, GROUP: gl.constexpr, D: gl.constexpr,
+    WHICH: gl.constexpr, keys_of, values_of, queries_of, outs_of, known_of, spares, kv_loaded, kv_done, loaded, done, N,
+    H, I, J, blocks, together, low, high, factor, scale, dk_of, dv_of, GROUP: gl.constexpr, D: gl.constexpr,
     STAGES: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of 64 keys of each tile."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    PIECES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     dtype: gl.constexpr = dk_of.dtype.element_ty
     ROOM: gl.constexpr = D < 128  # in the registers
     OWN: gl.constexpr = ROOM and (LEFT or RIGHT)
@@ -201,7 +237,8 @@ def _sum(
         if ROOM:
             keys = keys.load(gl.DotOperandLayout(0, LOGITS, 2))
             values = values.load(gl.DotOperandLayout(0, LOGITS, 2))
-        for _ in range(GROUP):
+            mbarrier.arrive(kv_done.index(0), count=1)
+        for member in range(GROUP):
             if OWN:
                 _give_back(count, begin - start, loaded, done, STAGES)
             ds = in_words(gl.zeros((ROWS, BM), gl.float32, LOGITS), dtype, BM)
@@ -217,6 +254,8 @@ def _sum(
                     outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES, LEFT,
                     RIGHT, False,
                 )  # fmt: skip
+            if not ROOM and member == GROUP - 1:
+                mbarrier.arrive(kv_done.index(0), count=1)
             at = (behind + end - 1) % STAGES
             dk = _summed(ds, queries_of.index(at), dk, dtype, D)
             dk, ds = warpgroup_mma_wait(0, deps=(dk, ds))
@@ -224,20 +263,18 @@ def _sum(
             if OWN:
                 _give_back(behind + end, stop - end, loaded, done, STAGES)
             count += stop - start
-        mbarrier.arrive(kv_done.index(0), count=1)
 
-        places = first + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
-        here = (places < J)[:, None]
-        if BNHD:
-            starts = ((n // HK).to(gl.int64) * J + places) * HK + n % HK
-        else:
-            starts = n.to(gl.int64) * J + places
-        offsets = starts[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, SUMS))[None, :]
         if LEFT or RIGHT:  # what none sees gets nothing, not even what a NaN left
             dk = gl.where(seen, dk, 0.0)
             dv = gl.where(seen, dv, 0.0)
-        gl.store(dk_of + offsets, (dk * scale).to(dtype), mask=here)
-        gl.store(dv_of + offsets, dv.to(dtype), mask=here)
+        places = first + gl.arange(0, ROWS, gl.SliceLayout(1, PIECES))
+        if BNHD:
+            starts = (((n // HK).to(gl.int64) * J + places) * HK + n % HK) * D
+        else:
+            starts = (n.to(gl.int64) * J + places) * D
+        here, spare = (places < J)[:, None], spares.index(WHICH)
+        _put_rows(dv.to(dtype), dv_of + starts, here, spare, D, PIECES)
+        _put_rows((dk * scale).to(dtype), dk_of + starts, here, spare, D, PIECES)
 
 
 @gluon.jit
@@ -260,6 +297,7 @@ def long_key_gradients(
     queries_of = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], q.layout)
     outs_of = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], dout.layout)
     known_of = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM, 4], known.layout)
+    spares = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, PIECE], gl.NVMMASharedLayout(128, 16, 2))
     # each an allocation of its own, as in `narrow`
     kv_loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     kv_done = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -273,12 +311,14 @@ def long_key_gradients(
     gl.warp_specialize(
         [
             (_sum, (
-                gl.constexpr(0), keys_of, values_of, queries_of, outs_of, known_of, kv_loaded, kv_done, loaded, done,
-                N, H, I, J, blocks, together, low, high, factor, scale, dk, dv, GROUP, D, STAGES, BNHD, LEFT, RIGHT,
+                gl.constexpr(0), keys_of, values_of, queries_of, outs_of, known_of, spares, kv_loaded, kv_done, loaded,
+                done, N, H, I, J, blocks, together, low, high, factor, scale, dk, dv, GROUP, D, STAGES, BNHD, LEFT,
+                RIGHT,
             )),
             (_sum, (
-                gl.constexpr(1), keys_of, values_of, queries_of, outs_of, known_of, kv_loaded, kv_done, loaded, done,
-                N, H, I, J, blocks, together, low, high, factor, scale, dk, dv, GROUP, D, STAGES, BNHD, LEFT, RIGHT,
+                gl.constexpr(1), keys_of, values_of, queries_of, outs_of, known_of, spares, kv_loaded, kv_done, loaded,
+                done, N, H, I, J, blocks, together, low, high, factor, scale, dk, dv, GROUP, D, STAGES, BNHD, LEFT,
+                RIGHT,
             )),
             (_load, (
                 q, k, v, dout, known, N, H, I, blocks, together, low, high, keys_of, values_of, queries_of, outs_of,

@@ -209,7 +209,8 @@ NEIGHBOURS = 2**16, 2**17, 2**18  # keys of the heads whose longest rows come fi
 NARROW = Tile(192, 128, 4, 3)  # of narrow.narrow, the same
 NARROW_KEYS = 2048  # the same
 LONG_KEYS = Tile(64, 128, 4, 4)  # of keys.long_key_gradients, the same
-LONG_KEYS_SEEN = {64: 2048, 128: 1024}  # by how many queries, on average, from which on it is faster; by d
+LONG_KEYS_SEEN = 512  # by how many queries, on average, from which on it is faster
+LONG_KEYS_WIDE = {64: 2048, 128: 1024}  # the same in a window, by d
 LONG_KEYS_TILES = 67  # from which on half as many keys a program would not use more multiprocessors
 TOGETHER = 1, 2, 3, 6, 11, 16, 22, 33  # heads of which the first tiles of keys come first: as many as are tried
 LONG_QUERIES = {64: Tile(192, 64, 4, 4), 128: Tile(128, 64, 4, 5)}  # of queries.long_query_gradients, by d: the same
@@ -506,15 +507,15 @@ def _neighbours(
 
 def _takes_long_keys(call: Call, layout: Layout) -> bool:
     """Whether `keys.long_key_gradients` makes dk and dv, faster: nothing but a window and sinks."""
-    if call.d not in LONG_KEYS_SEEN or not _is_bare(call, layout, call.d):
+    if call.d not in LONG_KEYS_WIDE or not _is_bare(call, layout, call.d):
         return False
-    seen = call.i  # by queries, a key
+    seen, least = call.i, LONG_KEYS_SEEN  # by queries, a key
     if call.left is not None and call.right is not None:
-        seen = min(seen, call.left + call.right + 1)
+        seen, least = min(seen, call.left + call.right + 1), LONG_KEYS_WIDE[call.d]
     elif call.left is not None or call.right is not None:
         seen //= 2
     few = call.b * call.hk * _cdiv(call.j, LONG_KEYS.keys) < LONG_KEYS_TILES
-    return not few and call.j >= LONG_KEYS.keys and seen >= LONG_KEYS_SEEN[call.d]
+    return not few and call.j >= LONG_KEYS.keys and seen >= least
 
 
 def _long_keys(call: Call, shared: _Shared, dout: Strides) -> Launch:
