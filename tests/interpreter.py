@@ -214,7 +214,7 @@ def packed() -> dict[str, list[str]]:
 
 
 def ordered() -> dict[str, list[str]]:
-    """What of the order of tiles of queries and of keys, of eight heads together, is not as it is to be: each
+    """What of the order of tiles of queries, of eight heads together, is not as it is to be: each
     tile once; the first run of heads by how many blocks are visited; programs with shares alike.
     """
     random, h, tiles, found = np.random.default_rng(0), 16, 16, {}
@@ -230,23 +230,22 @@ def ordered() -> dict[str, list[str]]:
         plan, known = triton._prepare(call, arrays)
         triton.run(plan.forward[:2], known)
         shared = plans._Shared(call, layout, plans._ahead(call, layout))
-        for keys in (False, True):
-            launch, programs = plans._order(call, shared, keys)
-            triton.run(triton.ready([launch]), known)
-            order = known[launch.outputs[0].name].numpy()
-            starts, ends = (np.stack([np.searchsorted(x, x, side) for x in ids]) for side in ("left", "right"))
-            if causal:
-                starts, ends = (place + 0 * starts, ends) if keys else (starts, place + 1 + 0 * ends)
-            tiled = starts.reshape(2, tiles, 128).min(-1) // 64, -(-ends.reshape(2, tiles, 128).max(-1) // 64)
-            visited = np.repeat((tiled[1] - tiled[0])[:, None], h, 1).reshape(-1)
-            wrong = [] if (np.sort(order) == np.arange(2 * h * tiles)).all() else ["not each tile once"]
-            run = order[: 8 * tiles]
-            if (np.diff(visited[run]) > 0).any() or (run >= 8 * tiles).any():
-                wrong.append("the first run")
-            shares = visited[order].reshape(-1, programs).sum(0)
-            if shares.max() > 1.15 * shares.mean():
-                wrong.append(f"shares {shares.max() / shares.mean():.2f}")
-            found[f"{'keys' if keys else 'queries'}{', causal' * causal}"] = wrong
+        launch, programs = plans._order(call, shared)
+        triton.run(triton.ready([launch]), known)
+        order = known[launch.outputs[0].name].numpy()
+        starts, ends = (np.stack([np.searchsorted(x, x, side) for x in ids]) for side in ("left", "right"))
+        if causal:
+            ends = place + 1 + 0 * ends
+        tiled = starts.reshape(2, tiles, 128).min(-1) // 64, -(-ends.reshape(2, tiles, 128).max(-1) // 64)
+        visited = np.repeat((tiled[1] - tiled[0])[:, None], h, 1).reshape(-1)
+        wrong = [] if (np.sort(order) == np.arange(2 * h * tiles)).all() else ["not each tile once"]
+        run = order[: 8 * tiles]
+        if (np.diff(visited[run]) > 0).any() or (run >= 8 * tiles).any():
+            wrong.append("the first run")
+        shares = visited[order].reshape(-1, programs).sum(0)
+        if shares.max() > 1.15 * shares.mean():
+            wrong.append(f"shares {shares.max() / shares.mean():.2f}")
+        found[f"queries{', causal' * causal}"] = wrong
     return found
 
 

@@ -319,9 +319,7 @@ def query_and_bias_gradients(
     BNHD: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, OFFSET: tl.constexpr, Q_LENGTHS: tl.constexpr,
     KV_LENGTHS: tl.constexpr, ALIVE: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr,
     EVEN: tl.constexpr, EVEN_KEYS: tl.constexpr, I_UNIT: tl.constexpr, J_UNIT: tl.constexpr, PRECISE: tl.constexpr,
-    WIDEN: tl.constexpr,
-    ITEMS: tl.constexpr,
-    EIGHT: tl.constexpr,
+    WIDEN: tl.constexpr, ITEMS: tl.constexpr, EIGHT: tl.constexpr,
 ):  # fmt: skip
     """dq and dbias of a block of queries, for the ITEMS that have one bias: its tile is read and its gradient written
     once for all of them, and dq has the bits that query_gradients gives it.

@@ -216,7 +216,7 @@ TOGETHER = 1, 2, 3, 6, 11, 16, 22, 33  # heads of which the first tiles of keys 
 LONG_QUERIES = {64: Tile(192, 64, 4, 4), 128: Tile(128, 64, 4, 5)}  # of queries.long_query_gradients, by d: the same
 LONG_QUERIES_VALUES = 4  # blocks of values for which there is room
 RANKED = 16  # tiles, by a program of order_tiles
-ORDERED = 128  # queries or keys of a tile in `order_tiles`; blocks have half as many
+ORDERED = 128  # queries of a tile in `order_tiles`; blocks of keys have half as many
 DOCUMENTS = 2048  # keys, from which on kernels in Gluon take segments
 ENOUGH = 120  # programs that go over tiles in that order, at least
 LONG_QUERIES_KEYS = {64: (4096, 4096), 128: (1024, 2048)}  # the same, by d; where positions rule out some
@@ -422,7 +422,7 @@ def _long_queries(call: Call, shared: _Shared, dout: Strides) -> tuple[Launch, .
     sizes = tuple(1 << n for n in range(heads.bit_length()))
     together = _neighbours(heads, blocks, call.j, high, size, low, sizes, 1.05)
     segments = "q_segment_ids", "kv_segment_ids", "bounds", "query_order"
-    order, programs = _order(call, shared, False) if call.segments else (None, min(PERSISTENT, heads * blocks))
+    order, programs = _order(call, shared) if call.segments else (None, min(PERSISTENT, heads * blocks))
     launch = Launch(
         "long_query_gradients", (programs, 1, 1),
         ("q", "k", "v", "dout", "known", *(segments if call.segments else (None,) * 4)),
@@ -439,25 +439,21 @@ def _long_queries(call: Call, shared: _Shared, dout: Strides) -> tuple[Launch, .
     return (order, launch) if order else (launch,)
 
 
-def _order(call: Call, shared: _Shared, keys: bool) -> tuple[Launch, int]:
-    """What makes the order of a kernel's tiles, of queries or of keys, where segments say how many blocks each visits;
-    and how many programs go over them. An array (b * heads * tiles,), "query_order" or "key_order": the k-th tile of
-    program p is [k * programs + p], which says n * tiles + tile.
+def _order(call: Call, shared: _Shared) -> tuple[Launch, int]:
+    """What makes the order of tiles of queries where segments say how many blocks each visits; and how many programs go
+    over them. An array (b * h * tiles,): the k-th tile of program p is [k * programs + p], which says n * tiles + tile.
     """
     at, left, right, *_ = shared.rest
     size, block, g = ORDERED, ORDERED // 2, shared.ahead.group
-    heads, length, other = (call.hk, call.j, call.i) if keys else (call.h, call.i, call.j)
-    tiles, groups, before = _cdiv(length, size), _cdiv(length, g), _cdiv(call.i, g) if keys else 0
-    programs, together = _rounds(heads, tiles)
-    low, high, has_low, has_high = _far(at - left), _far(at + right), call.left is not None, call.right is not None
-    if keys:
-        low, high, has_low, has_high = -high, -low, has_high, has_low
+    tiles, groups = _cdiv(call.i, size), _cdiv(call.i, g)
+    programs, together = _rounds(call.h, tiles)
     return Launch(
-        "order_tiles", (_cdiv(tiles, RANKED), heads, call.b), ("bounds",),
-        (groups, groups + _cdiv(other, g), before, tiles, _cdiv(other, block), together, low, high),
-        (Output("key_order" if keys else "query_order", (call.b * heads * tiles,), "int32"),),
-        {"SIZE": size, "BLOCK": block, "G": g, "LEFT": has_low, "RIGHT": has_high, "PART": RANKED, "MANY": MANY}, 4, 1,
-        "bounds",
+        "order_tiles", (_cdiv(tiles, RANKED), call.h, call.b), ("bounds",),
+        (groups, groups + _cdiv(call.j, g), 0, tiles, _cdiv(call.j, block), together, _far(at - left),
+         _far(at + right)),
+        (Output("query_order", (call.b * call.h * tiles,), "int32"),),
+        {"SIZE": size, "BLOCK": block, "G": g, "LEFT": call.left is not None, "RIGHT": call.right is not None,
+         "PART": RANKED, "MANY": MANY}, 4, 1, "bounds",
     ), programs  # fmt: skip
 
 
