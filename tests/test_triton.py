@@ -181,16 +181,8 @@ def test_what_the_interpreter_is_not_needed_for() -> None:
 
 def call_of(call: Call | None = None, **options: Any) -> Call:
     x = torch.empty(2, 4, 96, 64, dtype=torch.bfloat16, device="meta")
-    static = {
-        name: options.pop(name, default)
-        for name, default in (
-            ("is_causal", False),
-            ("window_size", None),
-            ("softcap", None),
-            ("scale", None),
-            ("dropout", 0.0),
-        )
-    }
+    static = {name: options.pop(name, default) for name, default in
+              (("is_causal", False), ("window_size", None), ("softcap", None), ("scale", None), ("dropout", 0.0))}
     arrays = Arrays(**{"q": x, "k": x, "v": x} | options)
     return check(FRAMEWORK, arrays, *static.values(), False, "bhnd", None)._replace(platform="cuda")
 

@@ -230,7 +230,7 @@ def _visits(
     bounds, groups_before, groups, tile, tiles, others, low, high,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
 ):  # fmt: skip
-    """How many blocks of the other side tiles of SIZE rows visit: at least one."""
+    """How many blocks of keys tiles of SIZE queries visit: at least one."""
     tile = tl.minimum(tile, tiles - 1)
     some_from, some_to, _, _ = _hull(bounds, groups_before, tile, groups, SIZE // G)
     start, stop = some_from // (BLOCK // G), tl.minimum((some_to + BLOCK // G - 1) // (BLOCK // G), others)
@@ -243,7 +243,7 @@ def _visits(
 
 @triton.jit
 def order_tiles(
-    bounds, groups, all_groups, before, tiles, others, together, low, high, order,
+    bounds, groups, all_groups, tiles, others, together, low, high, order,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     PART: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
@@ -251,13 +251,13 @@ def order_tiles(
     heads together, those that visit most blocks first. From run of heads to run it begins elsewhere, so that a program,
     which has the same places of all runs, visits as many blocks as any other, and heads come one after the other.
 
-    groups, all_groups, before: of G rows or keys on the tiles' side; on both; and before the tiles' side.
-    tiles, others: how many tiles of SIZE there are, and blocks on the other side.
-    low, high: the other side's rows that are seen by row t are those from t + low (LEFT) to t + high (RIGHT).
+    groups, all_groups: of G queries; of these and of as many keys.
+    tiles, others: how many tiles of SIZE queries there are, and blocks of keys.
+    low, high: query t sees the keys from t + low (LEFT) to t + high (RIGHT).
     together: of all heads, whose number it divides; and the runs of so many heads divide a run's tiles.
     """
     part, h, H, b = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2)
-    groups_before = b * all_groups + before
+    groups_before = b * all_groups
     tile = part * PART + tl.arange(0, PART)
     cost = _visits(bounds, groups_before, groups, tile, tiles, others, low, high, SIZE, BLOCK, G, LEFT, RIGHT)
     rank = tl.zeros((PART,), tl.int32)

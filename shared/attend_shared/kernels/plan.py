@@ -449,8 +449,7 @@ def _order(call: Call, shared: _Shared) -> tuple[Launch, int]:
     programs, together = _rounds(call.h, tiles)
     return Launch(
         "order_tiles", (_cdiv(tiles, RANKED), call.h, call.b), ("bounds",),
-        (groups, groups + _cdiv(call.j, g), 0, tiles, _cdiv(call.j, block), together, _far(at - left),
-         _far(at + right)),
+        (groups, groups + _cdiv(call.j, g), tiles, _cdiv(call.j, block), together, _far(at - left), _far(at + right)),
         (Output("query_order", (call.b * call.h * tiles,), "int32"),),
         {"SIZE": size, "BLOCK": block, "G": g, "LEFT": call.left is not None, "RIGHT": call.right is not None,
          "PART": RANKED, "MANY": MANY}, 4, 1, "bounds",
