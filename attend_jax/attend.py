@@ -178,6 +178,8 @@ def _canonical(call: Call, arrays: Arrays) -> Arrays:
     }
     host |= {name: _host_ids(name, value) for name in ("q_segment_ids", "kv_segment_ids")
              if isinstance(value := getattr(arrays, name), np.ndarray)}  # fmt: skip
+    if arrays.kv_segment_ids is arrays.q_segment_ids:  # one array, which a jit would take for two
+        host["kv_segment_ids"] = None
     seed = seed_words(arrays.dropout_seed) if call.dropout else None
     return arrays._replace(dropout_seed=seed, **host)
 

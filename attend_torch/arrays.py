@@ -83,6 +83,8 @@ def signed(arrays: Arrays) -> Arrays:
                 "ids"
             ):  # what int64 does not hold lies beyond every key
                 wide[name] = torch.where(wide[name] < 0, FAR, wide[name])
+    if wide and arrays.kv_segment_ids is arrays.q_segment_ids:  # one tensor, which stays one
+        wide["kv_segment_ids"] = wide.get("q_segment_ids", arrays.q_segment_ids)
     return arrays._replace(**wide) if wide else arrays
 
 

@@ -468,3 +468,48 @@ def test_the_doctor_asks_for_packed_sequences(fakes: None) -> None:
     problem = find("documents").build("bfloat16")
     for module, packing in ((attend_torch.bridge, "fa4"), (attend_jax.bridge, "fa4"), (attend_jax.bridge, "fa3")):
         compare.check(module.evaluate(problem, packing), problem)
+
+
+# One array for queries and keys, which kernels read once.
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint8"])
+@pytest.mark.parametrize("given", ["once", "twice", "two"])
+def test_ids_given_twice_are_one_array(given: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known by identity, as contents are never read: in torch, in JAX of NumPy and JAX arrays, and inside a jit."""
+    found: list[bool] = []
+
+    def spied(module: Any) -> None:
+        compute = module.attend
+
+        def spy(call: Any, arrays: Arrays) -> Any:
+            found.append(arrays.q_segment_ids is arrays.kv_segment_ids)
+            return compute(call, arrays)
+
+        monkeypatch.setattr(module, "attend", spy)
+
+    spied(ENTRIES["einsum"].module)
+    spied(JAX_ENTRIES["einsum"].module)
+    ids = np.array([[0, 0, 1, 1, 1]], dtype)
+
+    def ask(attend: Any, q: Any, ids: Any, other: Any) -> Any:
+        both = {"q_segment_ids": ids} | ({} if given == "once" else {"kv_segment_ids": other})
+        return attend(q, q, q, **both, implementation="einsum")
+
+    def compiled(q: Any, ids: Any, other: Any) -> Any:
+        if given == "two":
+            return jax.jit(partial(ask, attend_jax.attend))(q, ids, other)
+        return jax.jit(lambda q, ids: ask(attend_jax.attend, q, ids, ids))(q, ids)
+
+    x = np.ones((1, 1, 5, 4), np.float32)
+    for function, q, make in (
+        (partial(ask, attend_torch.attend), torch.tensor(x), torch.tensor),
+        (partial(ask, attend_jax.attend), jnp.asarray(x), np.array),
+        (partial(ask, attend_jax.attend), jnp.asarray(x), jnp.array),
+        (compiled, jnp.asarray(x), jnp.array),
+    ):
+        jax.clear_caches()  # what was traced would not be traced again
+        first = make(ids)
+        function(q, first, make(ids) if given == "two" else first)
+    jax.clear_caches()
+    assert found == [given != "two"] * 4
