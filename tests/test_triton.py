@@ -902,17 +902,20 @@ def fake_gradients(
     call: Call, arrays: Arrays, saved: tuple, dout: Any, dlse: Any, wants_bias: bool = True
 ) -> tuple:  # fmt: skip
     wanted.append(wants_bias)
+    with_lse.append(dlse is not None)
     names = [name for name in ("q", "k", "v", "bias", "sinks") if getattr(arrays, name) is not None]
 
     def function(*floats: Any) -> Any:
         return by_einsum(call, arrays._replace(**dict(zip(names, floats, strict=True))))
 
-    found = dict(zip(names, jax.vjp(function, *(getattr(arrays, n) for n in names))[1]((dout, dlse)), strict=True))
+    (_, lse), back = jax.vjp(function, *(getattr(arrays, n) for n in names))
+    found = dict(zip(names, back((dout, jnp.zeros_like(lse) if dlse is None else dlse)), strict=True))
     return tuple(found.get(name) for name in ("q", "k", "v", "bias", "sinks"))
 
 
 seen: list[int] = []
 wanted: list[bool] = []
+with_lse: list[bool] = []
 
 
 @pytest.mark.parametrize(
@@ -990,6 +993,30 @@ def test_a_bias_without_a_gradient_is_told_from_one_in_jax(monkeypatch: pytest.M
             jax.grad(function, places)(q, bias)
             assert wanted == found
             wanted.clear()
+
+
+def test_no_zeros_are_made_for_an_lse_that_is_not_used_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in torch: they would be written and read, and the way back has a launch of its own for calls without them."""
+    monkeypatch.setattr(jax_triton, "_forward", fake_forward)
+    monkeypatch.setattr(jax_triton, "_gradients", fake_gradients)
+    q = jnp.ones((1, 2, 5, 4))
+    call = check(JAX, Arrays(q, q, q), False, None, None, None, 0.0, True, "bhnd", None)
+
+    def out(q: Any) -> Any:
+        return jax_triton.attend(call, canonical(call, Arrays(q, q, q)))[0].sum()
+
+    def lse(q: Any) -> Any:
+        return jax_triton.attend(call, canonical(call, Arrays(q, q, q)))[1].sum()
+
+    lanes = jnp.ones((3, *q.shape))
+    with_lse.clear()
+    for function, at, expected in (
+        (out, q, False), (jax.jit(out), q, False), (jax.checkpoint(out), q, False), (lse, q, True),
+        (lambda q: jax.vmap(out)(q).sum(), lanes, False), (lambda q: jax.vmap(lse)(q).sum(), lanes, True),
+    ):  # fmt: skip
+        jax.grad(function)(at)
+        assert {*with_lse} == {expected}
+        with_lse.clear()
 
 
 def test_in_a_shard_map_results_vary_as_inputs_do_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:

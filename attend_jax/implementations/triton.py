@@ -84,9 +84,11 @@ def _attend_fwd_of(call: Call, floats: Any, data: Any) -> tuple:
 
 def _attend_bwd(call: Call, kept: tuple, cotangents: tuple) -> tuple:
     floats, data, saved, wants_bias = kept
-    cotangents = tuple(_instantiated(x, floats.q) for x in cotangents)
+    dout, dlse = cotangents
+    dout = _instantiated(dout, floats.q)
+    dlse = None if isinstance(dlse, SymbolicZero) else dlse  # whose zeros would be written, and read
     function = _gradients if wants_bias == () else partial(_gradients, wants_bias=False)
-    return Floats(*batching(call, function)(data._replace(**floats._asdict()), saved, *cotangents)), None
+    return Floats(*batching(call, function)(data._replace(**floats._asdict()), saved, dout, dlse)), None
 
 
 def _instantiated(x: Any, like: Array) -> Array:
@@ -217,13 +219,14 @@ def _forward(call: Call, arrays: Arrays, alone: bool = False) -> tuple[Array | N
 
 
 def _gradients(
-    call: Call, arrays: Arrays, saved: tuple, dout: Array, dlse: Array, wants_bias: bool = True
+    call: Call, arrays: Arrays, saved: tuple, dout: Array, dlse: Array | None, wants_bias: bool = True
 ) -> tuple:  # fmt: skip
     """dq, dk, dv, dbias, dsinks; None for what the call has not got, or is not wanted."""
     plan, known = _prepare(call, arrays)
     known |= zip(SAVED, saved, strict=True)
     known |= {"out": _turned(call, saved[0]), "dout": _turned(call, dout), "dlse": dlse}
     strides = _strides(dout, call.layout == "bnhd")
-    run(plan.backward(strides, call.bias is not None and wants_bias, True, bool(plan.bounds)), known)
+    wants_bias = call.bias is not None and wants_bias
+    run(plan.backward(strides, wants_bias, dlse is not None, bool(plan.bounds)), known)
     gradients = [_turned(call, known[name]) for name in ("dq", "dk", "dv")]
     return *gradients, known.get("dbias"), known.get("dsinks")
