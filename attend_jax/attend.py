@@ -155,7 +155,7 @@ def run(arrays: Arrays, *options: Any) -> Any:
     arrays = _canonical(call, arrays)
     if call.runs:
         call, arrays = settled(runs.bounded(call, name, starts), arrays, name in PACKING, starts)
-    out, lse = _compute(call, name, arrays, captured)
+    out, lse = _compute(call, name, alone(call, name), arrays, captured)
     return (out, lse) if call.return_lse else out
 
 
@@ -163,6 +163,20 @@ def looked(call: Call, arrays: Arrays) -> tuple[Call, Any]:
     """What is known of segment ids, for what takes packed sequences."""
     call, starts = told(runs.tell, table, call, arrays, *PACKING)
     return (call if starts is None else call._replace(sequences=starts.shape[0] - 1)), starts
+
+
+def alone(call: Call, name: str) -> str:
+    """The implementation where nothing is differentiated: another than where something is, if that was measured faster.
+
+    Args:
+        call: as the door made it.
+        name: what is chosen for it. It is this one too where the caller named it, and for segment ids, which are put to
+            an implementation in its own form.
+    """
+    forward = call._replace(gradient=False)
+    if call.names is not None or call.platform != "cuda" or call.segments or table(forward) == table(call):
+        return name
+    return choice.choose(table(forward), forward).name
 
 
 def _canonical(call: Call, arrays: Arrays) -> Arrays:
@@ -196,8 +210,10 @@ def _host_ids(argument: str, ids: np.ndarray) -> np.ndarray:
     return ids
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _compute(call: Call, name: str, arrays: Arrays, captured: Captured) -> tuple[jax.Array, jax.Array | None]:
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _compute(
+    call: Call, name: str, first: str, arrays: Arrays, captured: Captured
+) -> tuple[jax.Array, jax.Array | None]:
     """The named implementation, compiled: un-jitted, every operation would be dispatched by itself."""
     arrays, captured = alike((jax.tree.map(jnp.asarray, arrays), captured))
     arrays = canonical(call, arrays)
@@ -210,9 +226,35 @@ def _compute(call: Call, name: str, arrays: Arrays, captured: Captured) -> tuple
         arrays = arrays._replace(kv_lengths=to_int32(arrays.kv_lengths))
     if call.custom:
         call = lower(call, captured)
-    module = next(entry.module for entry in table() if entry.name == name)
-    out, lse = module.attend(call, arrays)
+    if first == name:
+        out, lse = _by(name, call, arrays)
+    else:
+        floats = {each: getattr(arrays, each) for each in ("q", "k", "v", "bias", "sinks")}
+        out, lse = _either(call, name, first, floats, arrays._replace(**dict.fromkeys(floats)))
     return (out.swapaxes(1, 2) if call.layout == "bnhd" else out), lse
+
+
+def _by(name: str, call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array | None]:
+    """What an implementation makes of a call. An lse that is not asked for is left out, and has no cotangent."""
+    out, lse = next(entry.module for entry in table() if entry.name == name).attend(call, arrays)
+    return out, lse if call.return_lse else None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _either(call: Call, name: str, first: str, floats: dict[str, Any], data: Arrays) -> tuple:
+    """By the first, and where it is differentiated by the other, in both directions."""
+    return _by(first, call, data._replace(**floats))
+
+
+def _either_fwd(call: Call, name: str, first: str, floats: dict[str, Any], data: Arrays) -> tuple:
+    return jax.vjp(lambda floats: _by(name, call, data._replace(**floats)), floats)
+
+
+def _either_bwd(call: Call, name: str, first: str, pull: Callable[..., tuple], cotangents: tuple) -> tuple:
+    return *pull(cotangents), None
+
+
+_either.defvjp(_either_fwd, _either_bwd)
 
 
 def explain(
@@ -255,7 +297,10 @@ def explain(
                  None, score_fn, mask_fn)  # fmt: skip
     if call.segments:
         call, _ = looked(call, arrays)
-    return devices.explained(choice.explain(table(call), call), table(call), call, capability())
+    found = devices.explained(choice.explain(table(call), call), table(call), call, capability())
+    if found.chosen and (first := alone(call, found.chosen)) != found.chosen:
+        found = found._replace(notes=(*found.notes, f"where nothing is differentiated: {first}"))
+    return found
 
 
 def implementations() -> tuple[Implementation, ...]:

@@ -61,6 +61,7 @@ ONE_SIDED_NAMES = {
     "attend_jax.arrays.varying": "the type of an array in a shard_map says between which devices it varies",
     "attend_jax.arrays.alike": "the type of an array in a shard_map says between which devices it varies",
     "attend_jax.attend.Array": "JAX takes NumPy arrays as well",
+    "attend_jax.attend.alone": "a program in JAX has what is differentiated and what is not; a call in torch is either",
     "attend_jax.convert.Array": "JAX takes NumPy arrays as well",
     "attend_jax.runs.bounded": "fa3, which asks how long the longest run is, is in JAX alone",
     "attend_jax.multihead.HIGHEST": "torch multiplies float32 in full unless it is told otherwise",

@@ -224,7 +224,7 @@ def _gradients(
     """dq, dk, dv, dbias, dsinks; None for what the call has not got, or is not wanted."""
     plan, known = _prepare(call, arrays)
     known |= zip(SAVED, saved, strict=True)
-    known |= {"out": _turned(call, saved[0]), "dout": _turned(call, dout), "dlse": dlse}
+    known |= {"out": _turned(call, saved[0]), "dout": _turned(call, dout)} | ({} if dlse is None else {"dlse": dlse})
     strides = _strides(dout, call.layout == "bnhd")
     wants_bias = call.bias is not None and wants_bias
     run(plan.backward(strides, wants_bias, dlse is not None, bool(plan.bounds)), known)

@@ -13,6 +13,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from benchmarks.gpu import timing
 from benchmarks.gpu.checking import Unsupported, allowed, compared, refuse, sliced
+from benchmarks.gpu.learn import call_of
 from benchmarks.gpu.workloads import CHOICE, FOLDER, REFERENCE, SEED, Workload, cumulative, options, own, structure
 
 PACKAGES = (
@@ -304,12 +306,19 @@ def _program(function: Callable[..., Any], load: Workload, mode: str) -> Callabl
 def compiled(entry: str, load: Workload, mode: str, inputs: Data) -> Prepared:
     """The entry's program."""
     function, given, chosen = attention(entry, load, inputs)
+    if entry == CHOICE and chosen and mode == "forward":
+        chosen = chosen_alone(load, chosen)
     key = f"{f'{CHOICE} {chosen}' if chosen else entry}|{load}|{mode}"
     if entry in ("FA3", "FA4") or chosen in ("fa3", "fa4"):  # their kernels live in the process that traced the call
         key = None
     arguments = (given, inputs.sets)
     program, memory = _compiled(key, _program(function, load, mode), arguments)
     return Prepared(program, arguments, chosen, int(memory[0] + memory[1] / len(inputs.sets)))
+
+
+def chosen_alone(load: Workload, chosen: str) -> str:
+    """What the choice takes of a workload where nothing is differentiated."""
+    return import_module("attend_jax.attend").alone(call_of("jax", load), chosen)  # a function has the module's name
 
 
 def _compiled(key: str | None, function: Callable[..., Any], arguments: tuple) -> tuple[Any, tuple[int, int]]:

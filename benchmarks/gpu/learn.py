@@ -2,8 +2,7 @@
 
 They go to attend_shared/measured.py. For each framework and rule (`attend_shared.devices.RULES`), over the workloads
 under that rule: for each implementation, the geometric mean of its time by that of our fastest one there. The order
-is by these means: in torch one of forward, for calls without gradients, and one of forward + backward; in JAX, where no
-call can know which it is, one of both.
+is by these means: one of forward, for calls without gradients, and one of forward + backward.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
         "an offset": ("fa4", "triton", "flex", "sdpa"),
         "few logits": ("sdpa", "triton", "fa4", "flex"),
         "short sequences": ("sdpa", "triton", "fa4", "flex"),
+        "head sizes up to 96": ("fa4", "sdpa", "triton", "flex"),
         "larger head sizes": ("sdpa", "fa4", "triton", "flex"),
     },
     "jax": {
@@ -54,6 +54,7 @@ EXPECTED: dict[str, dict[str, tuple[str, ...]]] = {
         "very short sequences": ("fa4", "fa3", "cudnn", "triton"),
         "short sequences": ("fa4", "fa3", "cudnn", "triton"),
         "head sizes up to 64": ("fa4", "fa3", "cudnn", "triton"),
+        "head sizes up to 96": ("fa4", "fa3", "cudnn", "triton"),
         "larger head sizes": ("fa4", "fa3", "triton"),
     },
 }
@@ -142,11 +143,6 @@ def measured(results: Results, framework: str) -> dict[str, dict[str, dict[str, 
 Orders = dict[str, dict[str, tuple[str, ...]]]  # by rule and mode
 
 
-def _counting(framework: str, mode: str, loads: Iterable[Iterable[str]]) -> tuple[str, ...]:
-    """The modes by which calls in this mode are ordered, under a rule with workloads in such modes."""
-    return (mode,) if framework == "torch" and any(mode in modes for modes in loads) else MODES
-
-
 def orders(results: Results, framework: str) -> Orders:
     """The fastest in the mean first."""
     by_mode = {mode: _orders(results, framework, mode) for mode in MODES}
@@ -157,7 +153,7 @@ def _orders(results: Results, framework: str, mode: str) -> dict[str, tuple[str,
     found = {}
     for each, loads in measured(results, framework).items():
         logs: dict[str, list[float]] = {}
-        counting = _counting(framework, mode, loads.values())
+        counting = (mode,) if any(mode in modes for modes in loads.values()) else MODES
         for modes in loads.values():
             for times in (modes[it] for it in counting if it in modes):
                 best = min(times.values())
@@ -188,25 +184,6 @@ def losses(results: Results, framework: str, by_rule: Orders) -> Iterator[Loss]:
                     continue
                 allowed = max(CLOSE, *(spread(record, costs) for record in both if record))
                 yield Loss(framework, each, name, mode, taken, best, ratio.value - 1, allowed)
-
-
-def behind(results: Results, framework: str, by_rule: Orders) -> Iterator[Loss]:
-    """The same by what an order is learnt from: in JAX both directions of a workload at once, by the geometric mean."""
-    found: dict[tuple[str, str, tuple[str, ...]], list[Loss]] = {}
-    known = measured(results, framework)
-    for loss in losses(results, framework, by_rule):
-        loads = known[loss.rule]
-        counting = tuple(it for it in _counting(framework, loss.mode, loads.values()) if it in loads[loss.name])
-        found.setdefault((loss.rule, loss.name, counting), []).append(loss)
-    for (each, name, counting), parts in found.items():
-        modes = {mode: times for mode, times in known[each][name].items() if mode in counting}
-        everywhere = [it for it in by_rule[each][parts[0].mode] if all(it in times for times in modes.values())]
-        if everywhere:
-            means = {it: math.prod(times[it] for times in modes.values()) ** (1 / len(modes)) for it in everywhere}
-            best, allowed = min(means, key=lambda it: means[it]), max(part.allowed for part in parts)
-            taken = everywhere[0]
-            mode = counting[0] if len(counting) == 1 else "mean"
-            yield Loss(framework, each, name, mode, taken, best, means[taken] / means[best] - 1, allowed)
 
 
 def source(results: Results) -> str:

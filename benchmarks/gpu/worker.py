@@ -88,7 +88,9 @@ class OfJax:
                 ready = self.side.compiled(entry, self.load, mode, self.inputs)
                 found["chosen"] = ready.chosen
                 errors = self.side.check(ready, self.load, mode, self.expected)
-                found["modes"][mode] = {"errors": errors, **self.side.calibrate(ready, self.load, least)}
+                found["modes"][mode] = {
+                    "chosen": ready.chosen, "errors": errors, **self.side.calibrate(ready, self.load, least)
+                }  # fmt: skip
                 self.ready[entry, mode] = ready
             except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
                 found["modes"][mode] = {"not_run": _words(error)}

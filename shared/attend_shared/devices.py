@@ -58,6 +58,7 @@ RULES = (
     Rule("very short sequences", lambda call: call.i <= VERY_SHORT and call.j <= VERY_SHORT),
     Rule("short sequences", lambda call: call.i <= SHORT and call.j <= SHORT),
     Rule("head sizes up to 64", lambda call: call.d <= 64),
+    Rule("head sizes up to 96", lambda call: call.d <= 96),
     Rule("head sizes up to 128", lambda call: call.d <= 128),
     Rule("larger head sizes", lambda call: True),
 )
@@ -75,7 +76,7 @@ def rule(call: Call) -> Rule:
 def order(call: Call, capability: str) -> tuple[str, ...] | None:
     """The implementations that were measured for such calls on such a device, the fastest first; None if none were.
 
-    In torch, where a call knows whether a gradient may be asked of it, forward alone counts where none may.
+    Where no gradient can be asked of the call, forward alone counts.
 
     Args:
         call: it runs on a GPU.

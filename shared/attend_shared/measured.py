@@ -153,6 +153,17 @@ DEVICES = {
                         },
                     },
                 ),
+                "head sizes up to 96": Order(
+                    ("fa4", "sdpa", "triton"),
+                    ("fa4", "sdpa", "triton"),
+                    {
+                        "causal 4x16x4096x96": {
+                            "fa4": (0.3796, 1.424),
+                            "sdpa": (0.4738, 1.849),
+                            "triton": (0.601, 2.285),
+                        },
+                    },
+                ),
                 "larger head sizes": Order(
                     ("sdpa", "fa4", "triton"),
                     ("fa4", "sdpa", "triton"),
@@ -269,7 +280,7 @@ DEVICES = {
                 ),
                 "head sizes up to 128": Order(
                     ("fa4", "sdpa", "triton", "flex"),
-                    ("fa4", "sdpa", "triton", "flex"),
+                    ("fa4", "triton", "sdpa", "flex"),
                     {
                         "causal 4x16x4096x128": {
                             "fa4": (0.4349, 1.708),
@@ -292,11 +303,6 @@ DEVICES = {
                             "fa4": (1.529, 5.648),
                             "sdpa": (1.743, 6.491),
                             "triton": (1.577, 6.711),
-                        },
-                        "causal 4x16x4096x96": {
-                            "fa4": (0.3796, 1.424),
-                            "sdpa": (0.4738, 1.849),
-                            "triton": (0.601, 2.285),
                         },
                     },
                 ),
@@ -373,13 +379,13 @@ DEVICES = {
                     },
                 ),
                 "an offset": Order(
-                    ("triton", "fa3", "fa4"),
-                    ("triton", "fa3", "fa4"),
+                    ("triton", "fa4", "fa3"),
+                    ("fa3", "triton", "fa4"),
                     {
                         "causal 1x32/8x512:8192x128": {
                             "triton": (0.1018, 0.5031),
-                            "fa3": (0.09809, 0.5406),
                             "fa4": (0.1034, 0.5208),
+                            "fa3": (0.09809, 0.5406),
                         },
                     },
                 ),
@@ -412,7 +418,7 @@ DEVICES = {
                 ),
                 "very short sequences": Order(
                     ("triton", "fa3", "fa4", "cudnn"),
-                    ("triton", "fa3", "fa4", "cudnn"),
+                    ("triton", "cudnn", "fa3", "fa4"),
                     {
                         "full 512x12x128x64": {
                             "triton": (0.1433, 0.65),
@@ -423,26 +429,26 @@ DEVICES = {
                     },
                 ),
                 "short sequences": Order(
-                    ("triton", "fa3", "fa4", "cudnn"),
-                    ("triton", "fa3", "fa4", "cudnn"),
+                    ("triton", "fa4", "fa3", "cudnn"),
+                    ("triton", "fa3", "cudnn", "fa4"),
                     {
                         "full 64x16x256x64": {
                             "triton": (0.07664, 0.3098),
-                            "fa3": (0.1106, 0.3536),
                             "fa4": (0.1025, 0.3315),
+                            "fa3": (0.1106, 0.3536),
                             "cudnn": (0.107, 0.4088),
                         },
                         "causal 64x16x256x64": {
                             "triton": (0.06212, 0.2569),
-                            "fa3": (0.0847, 0.328),
                             "fa4": (0.1087, 0.3272),
+                            "fa3": (0.0847, 0.328),
                             "cudnn": (0.1033, 0.3955),
                         },
                     },
                 ),
                 "head sizes up to 64": Order(
                     ("fa3", "fa4", "triton", "cudnn"),
-                    ("fa3", "fa4", "triton", "cudnn"),
+                    ("fa3", "triton", "fa4", "cudnn"),
                     {
                         "causal 4x16x4096x64": {
                             "fa3": (0.2861, 0.997),
@@ -455,6 +461,18 @@ DEVICES = {
                             "fa4": (0.5093, 1.803),
                             "triton": (0.5466, 2.044),
                             "cudnn": (0.5774, 2.203),
+                        },
+                    },
+                ),
+                "head sizes up to 96": Order(
+                    ("fa4", "fa3", "cudnn", "triton"),
+                    ("fa3", "fa4", "cudnn", "triton"),
+                    {
+                        "causal 4x16x4096x96": {
+                            "fa4": (0.4064, 1.439),
+                            "fa3": (0.3858, 1.592),
+                            "cudnn": (0.4981, 1.953),
+                            "triton": (0.623, 2.431),
                         },
                     },
                 ),
@@ -563,12 +581,6 @@ DEVICES = {
                             "fa4": (1.581, 5.796),
                             "triton": (1.562, 6.835),
                             "cudnn": (1.733, 6.825),
-                        },
-                        "causal 4x16x4096x96": {
-                            "fa3": (0.3858, 1.592),
-                            "fa4": (0.4064, 1.439),
-                            "triton": (0.623, 2.431),
-                            "cudnn": (0.4981, 1.953),
                         },
                     },
                 ),
