@@ -52,7 +52,8 @@ def available() -> bool:
         gpu_triton.TritonKernelCall(kernel, 1, 1, 1, parameters).to_proto("", b"")
     except (ImportError, AttributeError, TypeError):
         return False
-    return {"custom_call_api_version", "legacy_backend_config"} <= {*inspect.signature(jax.ffi.ffi_call).parameters}
+    taken = {*inspect.signature(jax.ffi.ffi_call).parameters}
+    return {"custom_call_api_version", "legacy_backend_config", "input_output_aliases"} <= taken
 
 
 def call(launch: Launch, inputs: Sequence[Any], outputs: Sequence[jax.ShapeDtypeStruct]) -> list[jax.Array]:
@@ -63,7 +64,8 @@ def call(launch: Launch, inputs: Sequence[Any], outputs: Sequence[jax.ShapeDtype
     numbers = tuple(x for x, one in zip(launch.given, fixed(launch), strict=True) if not one)
     config: Any = _encoded(made, launch.grid, numbers, given, len(outputs))  # bytes, as jax-triton's
     function = jax.ffi.ffi_call(
-        "triton_kernel_call", outputs, custom_call_api_version=2, legacy_backend_config=config
+        "triton_kernel_call", outputs, custom_call_api_version=2, legacy_backend_config=config,
+        input_output_aliases=launch.in_place,
     )  # fmt: skip
     return list(function(*inputs))
 

@@ -213,40 +213,88 @@ def packed() -> dict[str, list[str]]:
     return found
 
 
+def _documents(ids: np.ndarray, h: int, hk: int, causal: bool) -> tuple[list[plans.Launch], dict[str, torch.Tensor]]:
+    """What finds runs and orders tiles of such segments, which ran, and the arrays."""
+    q, k = (torch.zeros(len(ids), heads, ids.shape[1], 128, dtype=torch.float16) for heads in (h, hk))
+    arrays = Arrays(q, k, k, q_segment_ids=torch.from_numpy(ids))
+    call = check(FRAMEWORK, arrays, causal, None, None, None, 0.0, False, "bhnd", None)
+    arrays = canonical(call, arrays)
+    layout = plans.Layout(q.stride()[:3], k.stride()[:3], k.stride()[:3], one_id=True)
+    plan, known = triton._prepare(call, arrays)
+    triton.run(plan.forward[:2], known)
+    launches = plans._order(call, plans._Shared(call, layout, plans._ahead(call, layout)), True, True)
+    triton.run(triton.ready(launches), known)
+    return list(launches), known
+
+
 def ordered() -> dict[str, list[str]]:
-    """What of the order of tiles of queries, of eight heads together, is not as it is to be: each
-    tile once; the first run of heads by how many blocks are visited; programs with shares alike.
+    """What of the orders of tiles of queries and of keys is not as it is to be: each tile once; the first run of heads
+    by how many blocks are visited; programs with shares alike.
     """
-    random, h, tiles, found = np.random.default_rng(0), 16, 16, {}
+    random, heads, tiles, found = np.random.default_rng(0), {"queries": 32, "keys": 16}, 16, {}
     ids = np.sort(random.integers(0, 6, (2, tiles * 128)), 1)
     ids[1] = np.arange(tiles * 128) // 1024
     place = np.arange(tiles * 128)
-    q = torch.zeros(2, h, tiles * 128, 16, dtype=torch.float16)
     for causal in (False, True):
-        arrays = Arrays(q, q, q, q_segment_ids=torch.from_numpy(ids))
-        call = check(FRAMEWORK, arrays, causal, None, None, None, 0.0, False, "bhnd", None)
-        arrays = canonical(call, arrays)
-        layout = plans.Layout(*(q.stride()[:3],) * 3, one_id=True)
-        plan, known = triton._prepare(call, arrays)
-        triton.run(plan.forward[:2], known)
-        shared = plans._Shared(call, layout, plans._ahead(call, layout))
-        launch, programs = plans._order(call, shared)
-        triton.run(triton.ready([launch]), known)
-        order = known[launch.outputs[0].name].numpy()
-        starts, ends = (np.stack([np.searchsorted(x, x, side) for x in ids]) for side in ("left", "right"))
-        if causal:
-            ends = place + 1 + 0 * ends
-        tiled = starts.reshape(2, tiles, 128).min(-1) // 64, -(-ends.reshape(2, tiles, 128).max(-1) // 64)
-        visited = np.repeat((tiled[1] - tiled[0])[:, None], h, 1).reshape(-1)
-        wrong = [] if (np.sort(order) == np.arange(2 * h * tiles)).all() else ["not each tile once"]
-        run = order[: 8 * tiles]
-        if (np.diff(visited[run]) > 0).any() or (run >= 8 * tiles).any():
-            wrong.append("the first run")
-        shares = visited[order].reshape(-1, programs).sum(0)
-        if shares.max() > 1.15 * shares.mean():
-            wrong.append(f"shares {shares.max() / shares.mean():.2f}")
-        found[f"queries{', causal' * causal}"] = wrong
+        _, known = _documents(ids, heads["queries"], heads["keys"], causal)
+        for side, h in heads.items():
+            order = known["query_order" if side == "queries" else "key_order"].numpy()
+            programs, together = plans._rounds(h, tiles)
+            starts, ends = (np.stack([np.searchsorted(x, x, each) for x in ids]) for each in ("left", "right"))
+            if causal:
+                starts, ends = (starts, place + 1 + 0 * ends) if side == "queries" else (place + 0 * starts, ends)
+            tiled = starts.reshape(2, tiles, 128).min(-1) // 64, -(-ends.reshape(2, tiles, 128).max(-1) // 64)
+            visited = np.repeat((tiled[1] - tiled[0])[:, None], h, 1).reshape(-1)
+            wrong = [] if (np.sort(order) == np.arange(2 * h * tiles)).all() else ["not each tile once"]
+            run = order[: together * tiles]
+            if (np.diff(visited[run]) > 0).any() or (run >= together * tiles).any():
+                wrong.append("the first run")
+            shares = visited[order].reshape(-1, programs).sum(0)
+            if shares.max() > 1.15 * shares.mean():
+                wrong.append(f"shares {shares.max() / shares.mean():.2f}")
+            found[f"{side}{', causal' * causal}"] = wrong
     return found
+
+
+def spans() -> dict[str, list[str]]:
+    """What of where runs begin and end, and of whether all ids have one run, is not what NumPy finds."""
+    n, random, far = 700, np.random.default_rng(0), 2**63 - 1
+    place, several = np.arange(n), np.sort(random.integers(1, 9, n))
+    patterns: dict[str, tuple[list[np.ndarray], bool]] = {
+        "one document": ([0 * place], True), "each its own": ([place], True), "sorted": ([several], True),
+        "down": ([-place // 100], False),  # which is runs, but is not told from what is none
+        "padding of 0 behind": ([np.where(place < 600, several, 0)], True),
+        "padding of 0 before": ([np.where(place > 90, several, 0)], True),
+        "padding of -1 behind": ([np.where(place < 699, several, -1)], True),
+        "the first again at the end": ([np.where(place < 650, several, several[0])], False),
+        "one foreign id": ([np.where(place == 333, 99, several)], False),
+        "a fall in each part": ([several, place // 100 % 2], False), "in turn": ([place % 2], False),
+        "from any on": ([np.roll(several, 77)], False),
+        "from an id on": ([np.roll(several, -(several < 4).sum())], True),
+        "items": ([several, 0 * place, np.where(place < 5, 7, 2)], True),
+        "the last of many is none": ([several] * 16 + [several[::-1]], False),
+        "extreme": ([np.where(place < 128, far, -far - 1)], True), "at a part's end": ([place // 128], True),
+        "beyond parts": ([(place > 127).astype(int) + (place > 640)], True),
+    }  # fmt: skip
+    plans.RUN_MANY = 64  # in more than one turn
+    found: dict[str, list[str]] = {}
+    for name, (rows, expected) in patterns.items():
+        ids = np.stack(rows).astype(np.int64)
+        _, known = _documents(ids, 2, 1, True)
+        wrong = []
+        if bool(known["runs"].item()) != expected or (expected and not all(map(_is_runs, ids))):
+            wrong.append(f"whether it is runs: {known['runs'].item()}")
+        for item, row in enumerate(ids):
+            edges = np.flatnonzero(np.diff(row, prepend=row[0] ^ 1, append=row[-1] ^ 1))
+            at = np.searchsorted(edges, place, "right")
+            if (known["spans"][item].numpy() != np.stack([edges[at - 1], edges[at]], 1)).any():
+                wrong.append(f"spans of {item}")
+        found[name] = wrong
+    return found
+
+
+def _is_runs(ids: np.ndarray) -> bool:
+    return len(np.unique(ids)) == 1 + np.count_nonzero(np.diff(ids))
 
 
 def biases() -> dict[str, list[str]]:
@@ -522,7 +570,8 @@ def coarse_sinks(*names: str) -> dict[str, Any]:
 
 
 TASKS: dict[str, Callable[..., Any]] = {
-    "cases": run_cases, "visits": visits, "whole": whole, "packed": lambda: packed() | ordered(), "drawn": drawn,
+    "cases": run_cases, "visits": visits, "whole": whole, "packed": lambda: packed() | ordered(), "spans": spans,
+    "drawn": drawn,
     "torch": in_torch, "biases": biases, "huge": huge, "softcap": softcap, "sinks": coarse_sinks,
 }  # fmt: skip
 

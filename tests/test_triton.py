@@ -127,8 +127,14 @@ def test_whole_blocks_are_not_looked_at() -> None:
 
 
 def test_keys_are_packed_and_tiles_ordered() -> None:
-    keys, tiles = ("holes", "few", "runs", "none and all"), ("queries", "queries, causal")
+    keys, tiles = ("holes", "few", "runs", "none and all"), ("queries", "keys", "queries, causal", "keys, causal")
     assert interpret("packed") == {name: [] for name in (*keys, *tiles)}
+
+
+def test_runs_of_segments_are_found() -> None:
+    """Where each begins and ends, and whether no id has two: it may miss that, but never says it of others."""
+    found = interpret("spans")
+    assert len(found) == 18 and not any(found.values()), found
 
 
 def test_a_bias_has_its_gradient_with_dq() -> None:
@@ -694,12 +700,17 @@ def test_shares_of_programs_are_alike(heads: int, length: int, high: int, togeth
     assert plans._neighbours(heads, blocks, length, high) == together
 
 
-def keys_launch(**options: Any) -> tuple[Call, plans.Launch]:
+def keys_launches(one_id: bool = True, **options: Any) -> tuple[Call, list[plans.Launch]]:
+    """A call, and what makes its dk and dv."""
     call = call_of(**MANY | options)
     x, at = (call.h * call.i * call.d, call.i * call.d, call.d), options.get("q_offset", 0)
-    plan = plans.plan(call, plans.Layout(x, x, x, at=at, gluon=True))
-    (launch,) = (each for each in plan.backward(x, False, False, False) if each.kernel.endswith("key_gradients"))
-    return call, launch
+    plan = plans.plan(call, plans.Layout(x, x, x, at=at, one_id=one_id, gluon=True))
+    found = plan.backward(x, False, False, False)
+    launches = [each for each in found if each.kernel.endswith("key_gradients")]
+    of_segments = [len(launches) == 2] if call.segments else []
+    assert [*of_segments, *("key_order" in each.inputs for each in launches)].count(True) in (0, 2)
+    assert ("find_runs" in [each.kernel for each in found]) == (len(launches) == 2)
+    return call, launches
 
 
 MANY = {name: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") for name in "qkv"}
@@ -749,30 +760,69 @@ MANY64 = {name: torch.empty(2, 4, 4096, 64, dtype=torch.bfloat16, device="meta")
         ({"bias": torch.empty(1, 4, 2048, 2048, device="meta")}, False),
         ({"kv_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, False),
         ({"q_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, False),
-        ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, False),
+        ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, False),  # 64 programs
     ],
 )
 def test_which_keys_have_a_kernel_of_compute_capability_9(options: dict[str, Any], taken: bool) -> None:
-    call, launch = keys_launch(**options)
-    assert launch.kernel == ("long_key_gradients" if taken else "key_gradients")
+    call, launches = keys_launches(**options)
+    assert [each.kernel for each in launches] == ["long_key_gradients" if taken else "key_gradients"]
     x = (call.h * call.i * call.d, call.i * call.d, call.d)
     elsewhere = plans.plan(call, plans.Layout(x, x, x, at=options.get("q_offset", 0))).backward(x, False, False, False)
     assert "key_gradients" in [each.kernel for each in elsewhere]
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"is_causal": True, "q": MANY["q"].repeat(1, 2, 1, 1)}, MANY64 | {"window_size": (2047, 0)}],
-    ids=["full", "causal, grouped heads", "rows of 64"],
+    ("options", "one_id", "both"),
+    [
+        ({}, True, True),
+        ({"is_causal": True}, True, True),
+        ({"window_size": (1023, 0)}, True, True),
+        ({"window_size": (1022, 0)}, True, False),
+        ({"is_causal": True}, False, False),
+        ({"q_lengths": torch.empty(1, dtype=torch.int64, device="meta")}, True, False),
+        ({"softcap": 3.0}, True, False),
+        ({"scale": -1.0}, True, True),  # dq by Triton's kernel
+        ({"is_causal": True, "lengths": 4100}, True, True),  # the same
+        ({"lengths": 3968}, True, True),
+        ({"lengths": 2047}, True, False),
+        ({"heads": 4}, True, True),
+        ({"heads": 1}, True, False),
+    ],
 )
-def test_the_kernel_of_keys_compiles_in_jax(options: dict[str, Any], tmp_path: Path) -> None:
+def test_dk_and_dv_of_segments_have_two_kernels_one_of_which_makes_them(
+    options: dict[str, Any], one_id: bool, both: bool
+) -> None:
+    """Which of them, the device finds out: the second writes where the first did, or might have."""
+    n, hk = options.get("lengths", 4096), options.get("heads", 16)
+    q, k = (torch.empty(1, heads, n, 128, dtype=torch.bfloat16, device="meta") for heads in (16, hk))
+    ids = torch.empty(1, n, dtype=torch.int64, device="meta")
+    options = {name: x for name, x in options.items() if name not in ("lengths", "heads")}
+    _, launches = keys_launches(one_id, q=q, k=k, v=k, q_segment_ids=ids, **options)
+    assert [each.kernel for each in launches] == ["key_gradients", "long_key_gradients"][: 1 + both]
+    first = launches[0]
+    assert first.constants["RUNS"] == ("runs" in first.inputs) == both
+    assert first.in_place == {}
+    if both:
+        second = launches[1]
+        assert second.outputs == first.outputs
+        assert second.in_place == {second.inputs.index("dk"): 0, second.inputs.index("dv"): 1}
+        assert 120 <= second.grid[0] <= plans.PERSISTENT
+        assert hk * -(-n // 128) % second.grid[0] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True, "q": MANY["q"].repeat(1, 2, 1, 1)}, MANY64 | {"window_size": (2047, 0)}, "documents"],
+    ids=["full", "causal, grouped heads", "rows of 64", "documents"],
+)
+def test_the_kernel_of_keys_compiles_in_jax(options: Any, tmp_path: Path) -> None:
     """Two groups of warps that compute, and one that loads; and ptxas lets products run beside all else."""
     import triton as language
 
-    call, launch = keys_launch(**options)
+    call, (*_, launch) = keys_launches(**DOCUMENTS | {"is_causal": True} if options == "documents" else options)
     assert launch.kernel == "long_key_gradients"
-    dtypes = {name: "float32" if name == "known" else call.dtype for name in launch.inputs}
-    made = gluon.compiled(launch, [*dtypes.values(), call.dtype, call.dtype])
+    dtypes = {"known": "float32"} | dict.fromkeys(("spans", "key_order", "runs"), "int32")
+    made = gluon.compiled(launch, [dtypes.get(name or "", call.dtype) for name in (*launch.inputs, "dk", "dv")])
     assert made.warps == 12
     assert made.shared <= 227 * 1024
     assert made.boxes == (*((3, (1, 1, 64, 64)),) * 4, (0, (1, 64, 4)))

@@ -204,7 +204,8 @@ def run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
             numbers = [np.float32(x) if isinstance(x, float) else x for x in launch.given]
             made = jax_triton.triton_call(
                 *given, *numbers, kernel=launch.function, grid=launch.grid, name=launch.kernel, out_shape=outputs,
-                num_warps=launch.warps, num_stages=launch.stages, **launch.constants,
+                num_warps=launch.warps, num_stages=launch.stages, input_output_aliases=launch.in_place,
+                **launch.constants,
             )  # fmt: skip
         made = varying(made, nothing)  # of which a launch says nothing
         arrays.update(zip((output.name for output in launch.outputs), made, strict=True))

@@ -469,7 +469,7 @@ class _Kernel:
         self.kernel = launch.function
         self.given = tuple({name: None for name in launch.inputs if name is not None})
         self.made = tuple((x.name, x.shape, _contiguous(x.shape), getattr(torch, x.dtype))
-                          for x in launch.outputs if x.used)  # fmt: skip
+                          for x in launch.outputs if x.used and x.name not in self.given)  # fmt: skip
         self.outputs = tuple(x.name if x.used else self.made[0][0] for x in launch.outputs)
         self.constants = tuple(launch.constants[name] for name in self.kernel.arg_names if name in launch.constants)
         order = [None, *self.given, *(name for name, *_ in self.made)]

@@ -228,47 +228,118 @@ def compare(now, then, N, BLOCK: tl.constexpr):
 @triton.jit
 def _visits(
     bounds, groups_before, groups, tile, tiles, others, low, high,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr,
 ):  # fmt: skip
-    """How many blocks of keys tiles of SIZE queries visit: at least one."""
+    """How many blocks of the other side tiles of SIZE rows visit: at least one."""
     tile = tl.minimum(tile, tiles - 1)
     some_from, some_to, _, _ = _hull(bounds, groups_before, tile, groups, SIZE // G)
     start, stop = some_from // (BLOCK // G), tl.minimum((some_to + BLOCK // G - 1) // (BLOCK // G), others)
-    if LEFT:
-        start = tl.maximum(start, _blocks(tile * SIZE + low, BLOCK))
-    if RIGHT:
-        stop = tl.minimum(stop, _blocks_up(tile * SIZE + SIZE + high, BLOCK))
+    start = tl.maximum(start, _blocks(tile * SIZE + low, BLOCK))
+    stop = tl.minimum(stop, _blocks_up(tile * SIZE + SIZE + high, BLOCK))
     return tl.maximum(stop - start, 1)
 
 
 @triton.jit
+def _store_whether_runs(falls, parts, items, runs, ITEMS: tl.constexpr, MANY: tl.constexpr):
+    """Of what `find_runs` counted."""
+    most = tl.full((), 0, tl.int32)
+    for turn in range(tl.cdiv(items, ITEMS)):
+        item = turn * ITEMS + tl.arange(0, ITEMS)[:, None]
+        fallen = tl.zeros((ITEMS,), tl.int32)
+        for turn_of_item in range(tl.cdiv(parts, MANY)):
+            n = turn_of_item * MANY + tl.arange(0, MANY)[None, :]
+            fallen += tl.sum(tl.load(falls + item * parts + n, mask=(item < items) & (n < parts), other=0), 1)
+        most = tl.maximum(most, tl.max(fallen, 0))
+    tl.store(runs, (most < 2).to(tl.int32))
+
+
+@triton.jit
 def order_tiles(
-    bounds, groups, all_groups, tiles, others, together, low, high, order,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    PART: tl.constexpr, MANY: tl.constexpr,
+    bounds, falls, groups, parts, tiles, others, heads, together, keys_together, low, high, query_order,
+    key_order, runs,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr, KEYS: tl.constexpr, PART: tl.constexpr,
+    ITEMS: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """In which order programs that stay go over the tiles of all heads, as n * tiles + tile: for each item and so many
     heads together, those that visit most blocks first. From run of heads to run it begins elsewhere, so that a program,
     which has the same places of all runs, visits as many blocks as any other, and heads come one after the other.
 
-    groups, all_groups: of G queries; of these and of as many keys.
-    tiles, others: how many tiles of SIZE queries there are, and blocks of keys.
-    low, high: query t sees the keys from t + low (LEFT) to t + high (RIGHT).
-    together: of all heads, whose number it divides; and the runs of so many heads divide a run's tiles.
+    Of as many heads of queries as `heads` says (none, where their order is not asked for), then of those of keys
+    (KEYS). For keys also whether all items have their equal ids side by side, as far as `find_runs` can tell.
+
+    groups: of G queries, and of as many keys. parts: of `find_runs`, of an item.
+    tiles, others: how many tiles of SIZE there are, and blocks on the other side; of keys as of queries.
+    low, high: query t sees the keys from t + low to t + high.
+    together, keys_together: of all heads, whose number it divides; and the runs of so many heads divide a run's tiles.
     """
     part, h, H, b = tl.program_id(0), tl.program_id(1), tl.num_programs(1), tl.program_id(2)
-    groups_before = b * all_groups
+    if KEYS and part + h + b == 0:
+        _store_whether_runs(falls, parts, tl.num_programs(2), runs, ITEMS, MANY)
+    groups_before = b * (2 * groups)
+    if KEYS:
+        of_keys = h >= heads
+        h, H = tl.where(of_keys, h - heads, h), tl.where(of_keys, H - heads, heads)
+        groups_before += tl.where(of_keys, groups, 0)
+        low, high = tl.where(of_keys, -high, low), tl.where(of_keys, -low, high)
+        together = tl.where(of_keys, keys_together, together)
     tile = part * PART + tl.arange(0, PART)
-    cost = _visits(bounds, groups_before, groups, tile, tiles, others, low, high, SIZE, BLOCK, G, LEFT, RIGHT)
+    cost = _visits(bounds, groups_before, groups, tile, tiles, others, low, high, SIZE, BLOCK, G)
     rank = tl.zeros((PART,), tl.int32)
     for turn in range(tl.cdiv(tiles, MANY)):
         n = turn * MANY + tl.arange(0, MANY)
-        its = _visits(bounds, groups_before, groups, n, tiles, others, low, high, SIZE, BLOCK, G, LEFT, RIGHT)[None, :]
+        its = _visits(bounds, groups_before, groups, n, tiles, others, low, high, SIZE, BLOCK, G)[None, :]
         first = (its > cost[:, None]) | ((its == cost[:, None]) & (n[None, :] < tile[:, None]))
         rank += tl.sum((first & (n < tiles)[None, :]).to(tl.int32), 1)
-    runs, places, run = H // together, together * tiles, h // together
-    step = places // runs
+    in_runs, places, run = H // together, together * tiles, h // together
+    step = places // in_runs
     at = rank * together + h % together
     at = tl.where(run % 2 == 0, at, at // step * step + step - 1 - at % step)
-    at = (at + run * step) % places
-    tl.store(order + (b * runs + run) * places + at, (b * H + h) * tiles + tile, mask=tile < tiles)
+    at = (b * in_runs + run) * places + (at + run * step) % places
+    which = (b * H + h) * tiles + tile
+    if KEYS:
+        tl.store(key_order + at, which, mask=(tile < tiles) & of_keys)
+        tl.store(query_order + at, which, mask=(tile < tiles) & (of_keys == 0))
+    else:
+        tl.store(query_order + at, which, mask=tile < tiles)
+
+
+@triton.jit
+def find_runs(ids, J, spans, falls, PART: tl.constexpr, MANY: tl.constexpr):
+    """For each place of an item where the run of its id begins, and behind which it ends (b, J, 2); and for each PART
+    places how often an id is lower than the one before it (b, parts), twice as often where the item's last id is not
+    lower than its first.
+
+    Where that is 1 at most in an item, its ids ascend, from one of them on, round to the one before: no id has two
+    runs. Of other orders it may be more though none has.
+    """
+    part, b = tl.program_id(0), tl.program_id(1)
+    ids += b.to(tl.int64) * J
+    first = part * PART
+    place = first + tl.arange(0, PART)
+    inside = place < J
+    here = tl.load(ids + place, mask=inside, other=0)
+    before = tl.load(ids + place - 1, mask=inside & (place > 0), other=0)
+    after = tl.load(ids + place + 1, mask=place + 1 < J, other=0)
+    fallen = tl.sum((inside & (place > 0) & (here < before)).to(tl.int32), 0)
+    round_once = tl.load(ids + J - 1) < tl.load(ids)
+    tl.store(falls + b * tl.num_programs(0) + part, tl.where(round_once, fallen, 2 * fallen))
+
+    begins, ends = (place == 0) | (here != before), (place >= J - 1) | (here != after)
+    row, column = place[:, None], place[None, :]
+    begin = tl.max(tl.where(begins[None, :] & (column <= row), column, -1), 1)
+    end = tl.min(tl.where(ends[None, :] & (column >= row), column + 1, FAR), 1)
+    start, turn = tl.min(begin, 0), first  # -1: the first place's run began before
+    while (start < 0) & (turn > 0):
+        n = turn - 1 - tl.arange(0, MANY)
+        differs = tl.load(ids + n, mask=n > 0, other=0) != tl.load(ids + n - 1, mask=n > 0, other=0)
+        start = tl.max(tl.where(differs, n, -1), 0)
+        turn -= MANY
+    stop, turn = tl.max(end, 0), first + PART
+    while (stop >= FAR) & (turn < J):
+        n = turn + tl.arange(0, MANY)
+        differs = tl.load(ids + n - 1, mask=n < J, other=0) != tl.load(ids + n, mask=n < J, other=0)
+        stop = tl.min(tl.where(differs, n, FAR), 0)
+        turn += MANY
+    spans += (b.to(tl.int64) * J + place) * 2
+    tl.store(spans, tl.where(begin < 0, tl.maximum(start, 0), begin), mask=inside)
+    tl.store(spans + 1, tl.minimum(tl.where(end < FAR, end, stop), J), mask=inside)

@@ -437,7 +437,7 @@ def query_and_bias_gradients(
 @triton.jit
 def key_gradients(
     q, k, v, mask, bias, alive_keys, q_ids, kv_ids, q_lengths, kv_lengths, q_offset, seed, listed, before,
-    bounds, dout, known, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
+    bounds, dout, known, runs, H, I, J, P, qb, qh, kb, kh, vb, vh, dob, doh,
     mb, mh, mi, bb, bh, bi, offset, left, right, factor, cap, kept, scale, dk, dv,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, G: tl.constexpr, UNIT: tl.constexpr, QN: tl.constexpr, KN: tl.constexpr, VN: tl.constexpr,
@@ -448,12 +448,15 @@ def key_gradients(
     SOFTCAP: tl.constexpr, THRESHOLD: tl.constexpr, BASE2: tl.constexpr, POSITIVE: tl.constexpr, EVEN: tl.constexpr,
     EVEN_KEYS: tl.constexpr, I_UNIT: tl.constexpr, J_UNIT: tl.constexpr, PRECISE: tl.constexpr, WIDEN: tl.constexpr,
     DRAWN: tl.constexpr, WORDS: tl.constexpr,
-    KEYS: tl.constexpr, VALUES: tl.constexpr,
+    KEYS: tl.constexpr, VALUES: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a block of keys, over the heads that read it and the blocks of queries that see it.
 
     KEYS, VALUES: whether dk and dv are made: where rows are long the sums of both fill more registers than there are.
+    RUNS: whether, where segments are `runs`, `keys.long_key_gradients` makes them.
     """
+    if RUNS and tl.load(runs) != 0:
+        return
     I, J = told(I, I_UNIT), told(J, J_UNIT)
     block, HK = tl.program_id(0), H // GROUP
     n = _item_and_head(HK, SHARED)

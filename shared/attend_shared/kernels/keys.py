@@ -31,7 +31,28 @@ PIECE = gl.constexpr(64)  # numbers of a row that go by way of shared memory at 
 
 
 @gluon.jit
-def _seen_by(block, I, low, high, KEYS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+def _tile(order, k, N, blocks, together, RUNS: gl.constexpr):
+    """The k-th tile of a program: its item and head in one number, and its block. RUNS: as the order says."""
+    if RUNS:
+        at = gl.load(order + k * gl.num_programs(0) + gl.program_id(0))
+        return at // blocks, at % blocks
+    else:
+        return tile_of(k, N, blocks, together)
+
+
+@gluon.jit
+def _tiles(runs, blocks, N, RUNS: gl.constexpr):
+    """How many tiles a program has. RUNS: none where another kernel makes dk and dv."""
+    tiles = tiles_of(blocks, N)
+    if RUNS:
+        tiles = gl.where(gl.load(runs) != 0, tiles, 0)
+    return tiles
+
+
+@gluon.jit
+def _seen_by(
+    spans, block, I, J, low, high, KEYS: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, RUNS: gl.constexpr
+):
     """Where the blocks of queries that see a block of so many keys begin, are whole, end being whole, and end."""
     first = block * KEYS
     most = (I + BM - 1) // BM
@@ -42,13 +63,19 @@ def _seen_by(block, I, low, high, KEYS: gl.constexpr, LEFT: gl.constexpr, RIGHT:
     if LEFT:
         stop = gl.minimum(stop, _blocks_up(first + KEYS - low, BM))
         whole_to = gl.minimum(whole_to, _blocks(first - low + 1, BM))
+    if RUNS:
+        of_first, of_last = spans + gl.minimum(first, J - 1) * 2, spans + gl.minimum(first + KEYS - 1, J - 1) * 2
+        start = gl.maximum(start, _blocks(gl.load(of_first), BM))
+        whole_from = gl.maximum(whole_from, _blocks_up(gl.load(of_last), BM))
+        whole_to = gl.minimum(whole_to, _blocks(gl.load(of_first + 1), BM))
+        stop = gl.minimum(stop, _blocks_up(gl.load(of_last + 1), BM))
     return _clip(start, whole_from, whole_to, stop, most)
 
 
 @gluon.jit
-def _loaded(block, I, low, high, LEFT: gl.constexpr, RIGHT: gl.constexpr):
+def _loaded(spans, block, I, J, low, high, LEFT: gl.constexpr, RIGHT: gl.constexpr, RUNS: gl.constexpr):
     """From which to behind which block of queries is loaded for a tile: one at least."""
-    start, _, _, stop = _seen_by(block, I, low, high, GROUPS * ROWS, LEFT, RIGHT)
+    start, _, _, stop = _seen_by(spans, block, I, J, low, high, GROUPS * ROWS, LEFT, RIGHT, RUNS)
     start = gl.minimum(start, (I + BM - 1) // BM - 1)
     return start, gl.maximum(stop, start + 1)
 
@@ -70,20 +97,20 @@ def _load_keys(
 
 @gluon.jit
 def _load(
-    q, k, v, dout, known, N, H, I, blocks, together, low, high, keys_of, values_of, queries_of, outs_of, known_of,
-    kv_loaded, kv_done, loaded, done, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, QB: gl.constexpr,
-    QH: gl.constexpr, KB: gl.constexpr, KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr, DOB: gl.constexpr,
-    DOH: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    q, k, v, dout, known, spans, order, runs, N, H, I, J, blocks, together, low, high, keys_of, values_of, queries_of,
+    outs_of, known_of, kv_loaded, kv_done, loaded, done, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    QB: gl.constexpr, QH: gl.constexpr, KB: gl.constexpr, KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr,
+    DOB: gl.constexpr, DOH: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
     """Of each tile block after block of queries, dout and what is known of their rows; behind the first, its keys and
     values.
     """
     HK = H // GROUP
     count = 0
-    for tile in range(tiles_of(blocks, N)):
-        n, block = tile_of(tile, N, blocks, together)
+    for tile in range(_tiles(runs, blocks, N, RUNS)):
+        n, block = _tile(order, tile, N, blocks, together, RUNS)
         b, hk, first = n // HK, n % HK, block * (GROUPS * ROWS)
-        start, stop = _loaded(block, I, low, high, LEFT, RIGHT)
+        start, stop = _loaded(_of_item(spans, b, J, RUNS), block, I, J, low, high, LEFT, RIGHT, RUNS)
         for member in range(GROUP):
             h = hk * GROUP + member
             for turn in range(start, stop):
@@ -200,10 +227,30 @@ def _put_rows(x, starts, here, spare, D: gl.constexpr, PIECES: gl.constexpr):
 
 
 @gluon.jit
+def _of_item(spans, b, J, RUNS: gl.constexpr):
+    """Its spans."""
+    if RUNS:
+        spans += b.to(gl.int64) * J * 2
+    return spans
+
+
+@gluon.jit
+def _reach_of(spans, rows, J, low, high, LEFT: gl.constexpr, RIGHT: gl.constexpr, RUNS: gl.constexpr):
+    """The first and the last query that see keys; neither goes down from key to key."""
+    least, most = rows - high, rows - low
+    if RUNS:
+        begin = gl.load(spans + rows * 2, mask=rows < J, other=0)
+        last = gl.load(spans + rows * 2 + 1, mask=rows < J, other=0) - 1
+        least, most = gl.maximum(least, begin) if RIGHT else begin, gl.minimum(most, last) if LEFT else last
+    return least, most
+
+
+@gluon.jit
 def _sum(
     WHICH: gl.constexpr, keys_of, values_of, queries_of, outs_of, known_of, spares, kv_loaded, kv_done, loaded, done, N,
-    H, I, J, blocks, together, low, high, factor, scale, dk_of, dv_of, GROUP: gl.constexpr, D: gl.constexpr,
-    STAGES: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    H, I, J, blocks, together, low, high, factor, scale, spans, order, runs, dk_of, dv_of, GROUP: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    RUNS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of 64 keys of each tile."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -211,24 +258,31 @@ def _sum(
     PIECES: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     dtype: gl.constexpr = dk_of.dtype.element_ty
     ROOM: gl.constexpr = D < 128  # in the registers
-    OWN: gl.constexpr = ROOM and (LEFT or RIGHT)
+    BEFORE: gl.constexpr = RIGHT or RUNS  # whether a tile's first, or last, blocks of queries are cut
+    BEHIND: gl.constexpr = LEFT or RUNS
+    OWN: gl.constexpr = ROOM and (BEFORE or BEHIND)
     HK = H // GROUP
     count = 0  # of blocks so far
-    for tile in range(tiles_of(blocks, N)):
-        n, block = tile_of(tile, N, blocks, together)
-        start, stop = _loaded(block, I, low, high, LEFT, RIGHT)
+    for tile in range(_tiles(runs, blocks, N, RUNS)):
+        n, block = _tile(order, tile, N, blocks, together, RUNS)
+        its = _of_item(spans, n // HK, J, RUNS)
+        start, stop = _loaded(its, block, I, J, low, high, LEFT, RIGHT, RUNS)
         if OWN:  # without what only the other group sees
-            begin, whole_from, whole_to, end = _seen_by(block * GROUPS + WHICH, I, low, high, ROWS, LEFT, RIGHT)
+            begin, whole_from, whole_to, end = _seen_by(
+                its, block * GROUPS + WHICH, I, J, low, high, ROWS, LEFT, RIGHT, RUNS
+            )  # fmt: skip
             seen = begin < end
             begin = gl.minimum(begin, stop - 1)
             end = gl.maximum(end, begin + 1)
         else:
-            begin, whole_from, whole_to, end = _seen_by(block, I, low, high, GROUPS * ROWS, LEFT, RIGHT)
+            begin, whole_from, whole_to, end = _seen_by(
+                its, block, I, J, low, high, GROUPS * ROWS, LEFT, RIGHT, RUNS
+            )  # fmt: skip
             seen = begin < end
             begin, end = start, stop
         first = (block * GROUPS + WHICH) * ROWS
         rows = first + gl.arange(0, ROWS, gl.SliceLayout(1, LOGITS))
-        least, most = rows - high, rows - low
+        least, most = _reach_of(its, rows, J, low, high, LEFT, RIGHT, RUNS)
         dk = gl.zeros((ROWS, D), gl.float32, SUMS)
         dv = gl.zeros((ROWS, D), gl.float32, SUMS)
         keys = keys_of.index(WHICH).reshape((ROWS, D))
@@ -245,14 +299,14 @@ def _sum(
             behind = count - start
             dk, dv, ds = _turn(
                 behind + begin, begin * BM, (begin < whole_from) | (begin >= whole_to), keys, values, queries_of,
-                outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES, LEFT,
-                RIGHT, True,
+                outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES, BEHIND,
+                BEFORE, True,
             )  # fmt: skip
             for turn in range(begin + 1, end):
                 dk, dv, ds = _turn(
                     behind + turn, turn * BM, (turn < whole_from) | (turn >= whole_to), keys, values, queries_of,
-                    outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES, LEFT,
-                    RIGHT, False,
+                    outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES,
+                    BEHIND, BEFORE, False,
                 )  # fmt: skip
             if not ROOM and member == GROUP - 1:
                 mbarrier.arrive(kv_done.index(0), count=1)
@@ -264,7 +318,7 @@ def _sum(
                 _give_back(behind + end, stop - end, loaded, done, STAGES)
             count += stop - start
 
-        if LEFT or RIGHT:  # what none sees gets nothing, not even what a NaN left
+        if BEFORE or BEHIND:  # what none sees gets nothing, not even what a NaN left
             dk = gl.where(seen, dk, 0.0)
             dv = gl.where(seen, dv, 0.0)
         places = first + gl.arange(0, ROWS, gl.SliceLayout(1, PIECES))
@@ -279,14 +333,17 @@ def _sum(
 
 @gluon.jit
 def long_key_gradients(
-    q, k, v, dout, known, N, H, I, J, blocks, together, low, high, factor, scale, dk, dv,
+    q, k, v, dout, known, spans, order, runs, old_dk, old_dv, N, H, I, J, blocks, together, low, high, factor, scale,
+    dk, dv,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, QB: gl.constexpr, QH: gl.constexpr, KB: gl.constexpr,
     KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr, DOB: gl.constexpr, DOH: gl.constexpr, BNHD: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, RUNS: gl.constexpr,
 ):  # fmt: skip
     """dk and dv, as `gradients.key_gradients` makes them.
 
     q, k, v, dout: descriptors of (b, h or hk, I or J, D), which load 64 rows of a head; known: of (b h, P, 4).
+    spans, order, runs: what `find_runs` and `order_tiles` say (RUNS) of segments; where these are no runs nothing is
+    written, and dk and dv stay what they are: the memory of old_dk and old_dv.
     N: items times heads of keys. blocks: of keys, in J. together: of how many heads the first keys come first.
     low, high: key j is seen by query t where low <= j - t (LEFT), and j - t <= high (RIGHT).
     QB, QH, KB, KH, VB, VH, DOB, DOH: 1, or 0 where all items or heads have the same.
@@ -312,18 +369,18 @@ def long_key_gradients(
         [
             (_sum, (
                 gl.constexpr(0), keys_of, values_of, queries_of, outs_of, known_of, spares, kv_loaded, kv_done, loaded,
-                done, N, H, I, J, blocks, together, low, high, factor, scale, dk, dv, GROUP, D, STAGES, BNHD, LEFT,
-                RIGHT,
+                done, N, H, I, J, blocks, together, low, high, factor, scale, spans, order, runs, dk, dv, GROUP, D,
+                STAGES, BNHD, LEFT, RIGHT, RUNS,
             )),
             (_sum, (
                 gl.constexpr(1), keys_of, values_of, queries_of, outs_of, known_of, spares, kv_loaded, kv_done, loaded,
-                done, N, H, I, J, blocks, together, low, high, factor, scale, dk, dv, GROUP, D, STAGES, BNHD, LEFT,
-                RIGHT,
+                done, N, H, I, J, blocks, together, low, high, factor, scale, spans, order, runs, dk, dv, GROUP, D,
+                STAGES, BNHD, LEFT, RIGHT, RUNS,
             )),
             (_load, (
-                q, k, v, dout, known, N, H, I, blocks, together, low, high, keys_of, values_of, queries_of, outs_of,
-                known_of, kv_loaded, kv_done, loaded, done, GROUP, D, STAGES, QB, QH, KB, KH, VB, VH, DOB, DOH, LEFT,
-                RIGHT,
+                q, k, v, dout, known, spans, order, runs, N, H, I, J, blocks, together, low, high, keys_of, values_of,
+                queries_of, outs_of, known_of, kv_loaded, kv_done, loaded, done, GROUP, D, STAGES, QB, QH, KB, KH, VB,
+                VH, DOB, DOH, LEFT, RIGHT, RUNS,
             )),
         ],
         [4, 1], [240, 24],

@@ -24,7 +24,8 @@ Strides = tuple[int, ...]
 
 
 class Output(NamedTuple):
-    """An array that a launch writes: whole, but for `listed`, of which nobody reads the rest.
+    """An array that a launch writes: whole, but for `listed`, of which nobody reads the rest. One that is an input as
+    well is written where it is, or left: of the two launches that have it one writes it, which is found on the device.
 
     Attributes:
         name: in the dictionary of arrays.
@@ -96,6 +97,11 @@ class Launch(NamedTuple):
     def given(self) -> tuple[int | float, ...]:
         """The numbers as launchers get them: 1.0 is 1, which both fix when they compile; jax-triton fixes 1.0 too."""
         return tuple(1 if x == 1 else x for x in self.numbers)
+
+    @property
+    def in_place(self) -> dict[int, int]:
+        """Which inputs are where which outputs are written."""
+        return {self.inputs.index(each.name): n for n, each in enumerate(self.outputs) if each.name in self.inputs}
 
     @property
     def gluon(self) -> bool:
@@ -216,7 +222,8 @@ TOGETHER = 1, 2, 3, 6, 11, 16, 22, 33  # heads of which the first tiles of keys 
 LONG_QUERIES = {64: Tile(192, 64, 4, 4), 128: Tile(128, 64, 4, 5)}  # of queries.long_query_gradients, by d: the same
 LONG_QUERIES_VALUES = 4  # blocks of values for which there is room
 RANKED = 16  # tiles, by a program of order_tiles
-ORDERED = 128  # queries of a tile in `order_tiles`; blocks of keys have half as many
+RUN_PART, RUN_MANY = 128, 2048  # places of a program of find_runs, and at which it looks at a time beyond these
+ORDERED = 128  # queries or keys of a tile in `order_tiles`; blocks of the others have half as many
 DOCUMENTS = 2048  # keys, from which on kernels in Gluon take segments
 ENOUGH = 120  # programs that go over tiles in that order, at least
 LONG_QUERIES_KEYS = {64: (4096, 4096), 128: (1024, 2048)}  # the same, by d; where positions rule out some
@@ -405,15 +412,22 @@ def _takes_long_queries(call: Call, layout: Layout) -> bool:
     if d not in LONG_QUERIES or (d == 64 and (call.left is not None or call.right is None)):
         return False
     wide = call.left is None or _width(call) >= LONG_QUERIES_WIDE
-    if call.segments:  # which say how many blocks a tile visits: its order is made on the device
-        programs, _ = _rounds(call.h, _cdiv(call.i, LONG_QUERIES[d].queries))
-        if d != ORDERED or not layout.one_id or call.j < DOCUMENTS or programs < ENOUGH:
+    if call.segments:
+        if not _is_ordered(call, layout, call.h):
             return False
         call = call._replace(segments=False)
     return wide and _is_long(call, layout, d, LONG_QUERIES_KEYS[d][call.positional], LONG_QUERIES[d])
 
 
-def _long_queries(call: Call, shared: _Shared, dout: Strides) -> tuple[Launch, ...]:
+def _is_ordered(call: Call, layout: Layout, heads: int) -> bool:
+    """Whether tiles have an order that is made on the device, where segments say how many blocks each of them visits:
+    there is enough to do, of rows of 128.
+    """
+    programs, _ = _rounds(heads, _cdiv(call.i, ORDERED))
+    return call.d == ORDERED and layout.one_id and call.j >= DOCUMENTS and programs >= ENOUGH
+
+
+def _long_queries(call: Call, shared: _Shared, dout: Strides) -> Launch:
     at, left, right, *_ = shared.rest
     low = -FAR if call.left is None else _far(at - left)
     high = FAR if call.right is None else _far(at + right)
@@ -422,8 +436,8 @@ def _long_queries(call: Call, shared: _Shared, dout: Strides) -> tuple[Launch, .
     sizes = tuple(1 << n for n in range(heads.bit_length()))
     together = _neighbours(heads, blocks, call.j, high, size, low, sizes, 1.05)
     segments = "q_segment_ids", "kv_segment_ids", "bounds", "query_order"
-    order, programs = _order(call, shared) if call.segments else (None, min(PERSISTENT, heads * blocks))
-    launch = Launch(
+    programs = _rounds(call.h, blocks)[0] if call.segments else min(PERSISTENT, heads * blocks)
+    return Launch(
         "long_query_gradients", (programs, 1, 1),
         ("q", "k", "v", "dout", "known", *(segments if call.segments else (None,) * 4)),
         (heads, call.h, call.i, call.j, shared.rows, blocks, together, low, high, shared.factor, call.scale),
@@ -436,24 +450,35 @@ def _long_queries(call: Call, shared: _Shared, dout: Strides) -> tuple[Launch, .
         {"q": _blocks(call, q, call.h, call.i, rows), "k": _blocks(call, k, call.hk, call.j, size.keys),
          "v": _blocks(call, v, call.hk, call.j, size.keys), "dout": _blocks(call, dout, call.h, call.i, rows)},
     )  # fmt: skip
-    return (order, launch) if order else (launch,)
 
 
-def _order(call: Call, shared: _Shared) -> tuple[Launch, int]:
-    """What makes the order of tiles of queries where segments say how many blocks each visits; and how many programs go
-    over them. An array (b * h * tiles,): the k-th tile of program p is [k * programs + p], which says n * tiles + tile.
+def _order(call: Call, shared: _Shared, queries: bool, keys: bool) -> tuple[Launch, ...]:
+    """What makes the orders of tiles of queries, of keys or of both, where segments say how many blocks each visits. An
+    array (b * heads * tiles,): the k-th tile of program p is [k * programs + p], which says n * tiles + tile. And, for
+    keys, where runs of ids begin and end, and whether no id has two.
     """
     at, left, right, *_ = shared.rest
-    size, block, g = ORDERED, ORDERED // 2, shared.ahead.group
-    tiles, groups = _cdiv(call.i, size), _cdiv(call.i, g)
-    programs, together = _rounds(call.h, tiles)
-    return Launch(
-        "order_tiles", (_cdiv(tiles, RANKED), call.h, call.b), ("bounds",),
-        (groups, groups + _cdiv(call.j, g), tiles, _cdiv(call.j, block), together, _far(at - left), _far(at + right)),
-        (Output("query_order", (call.b * call.h * tiles,), "int32"),),
-        {"SIZE": size, "BLOCK": block, "G": g, "LEFT": call.left is not None, "RIGHT": call.right is not None,
-         "PART": RANKED, "MANY": MANY}, 4, 1, "bounds",
-    ), programs  # fmt: skip
+    low, high = -FAR if call.left is None else _far(at - left), FAR if call.right is None else _far(at + right)
+    size, block, g, parts = ORDERED, ORDERED // 2, shared.ahead.group, _cdiv(call.j, RUN_PART)
+    tiles = _cdiv(call.i, size)
+    of_keys, of_queries = call.hk if keys else 0, call.h if queries else 0
+    unused = Output("unused", (1,), "int32", False)
+    found = Launch(
+        "find_runs", (parts, call.b, 1), ("q_segment_ids",), (call.j,),
+        (Output("spans", (call.b, call.j, 2), "int32"), Output("falls", (call.b, parts), "int32")),
+        {"PART": RUN_PART, "MANY": RUN_MANY}, 4, 1, "bounds",
+    )  # fmt: skip
+    order = Launch(
+        "order_tiles", (_cdiv(tiles, RANKED), of_queries + of_keys, call.b), ("bounds", "falls" if keys else None),
+        (_cdiv(call.i, g), parts, tiles, _cdiv(call.j, block), of_queries, _rounds(call.h, tiles)[1],
+         _rounds(call.hk, tiles)[1], low, high),
+        (Output("query_order", (call.b * call.h * tiles,), "int32") if queries else unused,
+         *((Output("key_order", (call.b * call.hk * tiles,), "int32"), Output("runs", (1,), "int32"))
+           if keys else (unused,) * 2)),
+        {"SIZE": size, "BLOCK": block, "G": g, "KEYS": keys, "PART": RANKED, "ITEMS": RANKED, "MANY": MANY}, 4, 1,
+        "bounds",
+    )  # fmt: skip
+    return (found, order) if keys else (order,)
 
 
 @cache
@@ -502,7 +527,10 @@ def _neighbours(
 
 def _takes_long_keys(call: Call, layout: Layout) -> bool:
     """Whether `keys.long_key_gradients` makes dk and dv, faster: nothing but a window and sinks."""
-    if call.d not in LONG_KEYS_WIDE or not _is_bare(call, layout, call.d):
+    bare = call._replace(segments=False)
+    if call.d not in LONG_KEYS_WIDE or not _is_bare(bare, layout, call.d):
+        return False
+    if call.segments and not _is_ordered(call, layout, call.hk):
         return False
     seen, least = call.i, LONG_KEYS_SEEN  # by queries, a key
     if call.left is not None and call.right is not None:
@@ -523,14 +551,16 @@ def _long_keys(call: Call, shared: _Shared, dout: Strides) -> Launch:
         start = 0 if call.right is None else max(0, n * size.keys - high) // size.queries
         stop = most if call.left is None else min(most, _cdiv(max(0, (n + 1) * size.keys - low), size.queries))
         costs.append(2 + group * max(1, stop - start))  # to begin and to end is as much as two blocks
-    programs, together = _shares(heads, costs)
+    programs, together = _rounds(call.hk, blocks) if call.segments else _shares(heads, costs)
+    segments = "spans", "key_order", "runs", "dk", "dv"
     return Launch(
-        "long_key_gradients", (programs, 1, 1), ("q", "k", "v", "dout", "known"),
+        "long_key_gradients", (programs, 1, 1),
+        ("q", "k", "v", "dout", "known", *(segments if call.segments else (None,) * 5)),
         (heads, call.h, call.i, call.j, blocks, together, low, high, shared.factor, call.scale),
         (Output("dk", shared.shape(call.hk, call.j, call.d), call.dtype),
          Output("dv", shared.shape(call.hk, call.j, call.d), call.dtype)),
         {"GROUP": group, "D": call.d, "STAGES": size.stages, **_several(Q=q, K=k, V=v, DO=dout),
-         "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None},
+         "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None, "RUNS": call.segments},
         size.warps, 1, "keys",
         {"q": _blocks(call, q, call.h, call.i, size.queries), "k": _blocks(call, k, call.hk, call.j, size.keys // 2),
          "v": _blocks(call, v, call.hk, call.j, size.keys // 2),
@@ -1004,10 +1034,13 @@ def _backward(
     dbias, together = None, 0
     if wants_bias and call.bias is not None and call.bias_dtype is not None:
         dbias, together = Output("dbias", call.bias, call.bias_dtype), _together(call, layout)
+    long_queries, long_keys = _takes_long_queries(call, layout), _takes_long_keys(call, layout)
+    if call.segments and (long_queries or long_keys):
+        launches.extend(_order(call, shared, long_queries, long_keys))
     if dbias and together:
         launches.append(_queries_and_bias(call, layout, shared, together, more, qkv, dbias))
-    elif _takes_long_queries(call, layout):
-        launches.extend(_long_queries(call, shared, dout))
+    elif long_queries:
+        launches.append(_long_queries(call, shared, dout))
     else:
         launches.append(Launch(
             "query_gradients", (_cdiv(i, size.queries), b * h, 1),
@@ -1016,19 +1049,20 @@ def _backward(
             constants | {"BNHD": shared.bnhd, "LISTED": ahead.listed}, size.warps, size.stages, "gradients",
         ))  # fmt: skip
     unused = Output("unused", (1,), call.dtype, False)
-    long = _takes_long_keys(call, layout)
-    if long:
-        launches.append(_long_keys(call, shared, dout))
-    for kernel, keys, values in () if long else _key_passes(call):
+    for kernel, keys, values in _key_passes(call) if call.segments or not long_keys else ():
         size = tile(kernel, call, layout.capability)
         constants = shared.constants(size, i % size.queries == 0 and not call.q_lengths) | more
         launches.append(Launch(
-            "key_gradients", (_cdiv(j, size.keys), b * hk, 1), (*base, *shared.lists, *saved),
+            "key_gradients", (_cdiv(j, size.keys), b * hk, 1),
+            (*base, *shared.lists, *saved, "runs" if long_keys else None),
             (h, i, j, rows, *qkv, *shared.pairs, *shared.rest, call.scale),
             (Output("dk", shared.shape(hk, j, d), call.dtype) if keys else unused,
              Output("dv", shared.shape(hk, j, dv), call.dtype) if values else unused),
-            constants | {"BNHD": shared.bnhd, "KEYS": keys, "VALUES": values}, size.warps, size.stages, "gradients",
+            constants | {"BNHD": shared.bnhd, "KEYS": keys, "VALUES": values, "RUNS": long_keys}, size.warps,
+            size.stages, "gradients",
         ))  # fmt: skip
+    if long_keys:
+        launches.append(_long_keys(call, shared, dout))
     if dbias and not together:
         size = tile("bias_gradients", call, layout.capability)
         full_b, full_h, full_i, full_j = (x > 1 for x in dbias.shape)
