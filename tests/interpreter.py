@@ -293,6 +293,28 @@ def spans() -> dict[str, list[str]]:
     return found
 
 
+def left() -> dict[str, list[str]]:
+    """Which of dk and dv Triton's kernel did not leave as they were where ids are runs, or did not make where not."""
+    x = [draw(1, 2, 80, 16, seed=seed).half() for seed in range(4)]
+    arrays = Arrays(*x[:3], q_segment_ids=torch.arange(80)[None] // 30)
+    call = check(FRAMEWORK, arrays, True, None, None, None, 0.0, False, "bhnd", None)
+    arrays = canonical(call, arrays)
+    plan, known = triton._forward(call, arrays)
+    _, known = triton._backward(call, arrays, triton._saved(plan, known), x[3], None, (True,) * 3 + (False,) * 2)
+    expected = {name: known[name] for name in ("dk", "dv")}
+    launches = plan.backward(known["dout"].stride()[:3], False, False, True)
+    (launch,) = (each.launch for each in launches if each.launch.kernel == "key_gradients")
+    both = launch._replace(inputs=(*launch.inputs[:-1], "runs"), constants={**launch.constants, "RUNS": True})
+    empty, found = triton._empty, {}
+    triton._empty = lambda *x: empty(*x).fill_(7)
+    for name, runs in {"runs": 1, "no runs": 0}.items():
+        given = known | {"runs": torch.tensor([runs], dtype=torch.int32)}
+        triton.run(triton.ready([both]), given)
+        found[name] = [which for which, x in expected.items()
+                       if not torch.equal(given[which], torch.full_like(x, 7) if runs else x)]  # fmt: skip
+    return found
+
+
 def _is_runs(ids: np.ndarray) -> bool:
     return len(np.unique(ids)) == 1 + np.count_nonzero(np.diff(ids))
 
@@ -571,6 +593,7 @@ def coarse_sinks(*names: str) -> dict[str, Any]:
 
 TASKS: dict[str, Callable[..., Any]] = {
     "cases": run_cases, "visits": visits, "whole": whole, "packed": lambda: packed() | ordered(), "spans": spans,
+    "left": left,
     "drawn": drawn,
     "torch": in_torch, "biases": biases, "huge": huge, "softcap": softcap, "sinks": coarse_sinks,
 }  # fmt: skip

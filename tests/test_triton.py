@@ -137,6 +137,10 @@ def test_runs_of_segments_are_found() -> None:
     assert len(found) == 18 and not any(found.values()), found
 
 
+def test_where_ids_are_runs_the_kernel_of_others_leaves_all_as_it_is() -> None:
+    assert interpret("left") == {"runs": [], "no runs": []}
+
+
 def test_a_bias_has_its_gradient_with_dq() -> None:
     """Where its tile is that of as many items as a program has room for; else a pass of its own."""
     together = ["query_and_bias_gradients"]
@@ -910,6 +914,36 @@ def test_what_jaxlib_is_told_of_a_kernel_in_gluon(monkeypatch: pytest.MonkeyPatc
           for each in (queries, described, described)]  # fmt: skip
     scalars = [(n, "fp32" if isinstance(n, float) else "i32") for n in launch.numbers]
     assert parameters == [*of[0], *of[1], *of[2], *["array"] * (len(launch.inputs) - 3), *scalars, *["array"] * 5]
+
+
+def test_in_jax_the_second_of_two_kernels_has_what_the_first_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jaxlib.gpu_triton", fake_jaxlib())
+    monkeypatch.setattr(jaxlib, "gpu_triton", sys.modules["jaxlib.gpu_triton"], raising=False)
+    _, (first, second) = keys_launches(**DOCUMENTS, is_causal=True)
+    asked: list[dict[str, Any]] = []
+
+    def triton_call(*given: Any, out_shape: list[Any], **options: Any) -> list[Any]:
+        asked.append(options)
+        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+    monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=triton_call))
+    kinds = {"known": ((1, 16, 4096, 2, 2), jnp.float32), "spans": ((1, 4096, 2), jnp.int32),
+             "bounds": ((1, 256, 4), jnp.int32), "runs": ((1,), jnp.int32), "key_order": ((512,), jnp.int32),
+             **dict.fromkeys(("q_segment_ids", "kv_segment_ids"), ((1, 4096), jnp.int32))}  # fmt: skip
+    names = {name: None for name in (*first.inputs, *second.inputs) if name not in (None, "dk", "dv")}
+    given = [jax.ShapeDtypeStruct(*kinds.get(name or "", ((1, 16, 4096, 128), jnp.bfloat16))) for name in names]
+
+    def gradients(*arrays: Any) -> list[Any]:
+        known = dict(zip(names, arrays, strict=True))
+        jax_triton.run([first, second], known)
+        return [known["dk"], known["dv"]]
+
+    text = jax.jit(gradients).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = (line for line in text.splitlines() if "triton_kernel_call" in line)
+    for output, operand in enumerate((8, 9)):
+        alias = f"output_tuple_indices = [{output}], operand_index = {operand}, operand_tuple_indices = []"
+        assert alias in call
+    assert asked[0]["input_output_aliases"] == {}
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,10 @@ class Grids(SimpleNamespace):
 def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     from triton import JITFunction
 
-    from attend_shared.kernels import attention, bounds, gradients, sinks
+    from attend_shared.kernels import attention, bounds, gradients, keys, queries, sinks
 
     found = Machine()
-    for module in (attention, bounds, gradients, sinks):
+    for module in (attention, bounds, gradients, keys, queries, sinks):
         for name, kernel in [*vars(module).items()]:
             if isinstance(kernel, JITFunction):
                 names = kernel.arg_names
@@ -406,6 +406,32 @@ def test_one_array_of_ids_is_not_two(gradients: bool, machine: Machine) -> None:
     ours = [sent(both, short) for both in arrays]
     assert ours == [sent(both, lambda given: triton.attend(call, form(given))) for both in arrays]
     assert ours[0] != ours[1]  # where ids may differ, keys are looked for whose id no query has
+
+
+def test_the_second_of_two_launches_writes_where_the_first_did(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dk and dv of segments, which one of two kernels makes."""
+    monkeypatch.setattr(triton, "capability", lambda: "9.0")
+    x = draw(1, 16, 2048, 128).requires_grad_()
+    k, v = (draw(1, 16, 2048, 128).requires_grad_() for _ in range(2))
+    ids = torch.zeros(1, 2048, dtype=torch.int32)
+    arrays = Arrays(x, k, v, q_segment_ids=ids)
+    call = check(FRAMEWORK, arrays, False, None, None, None, 0.0, True, "bhnd", "triton")._replace(platform="cuda")
+    form = partial(again.form, call)
+    short = triton.short(call, form)
+    assert short is not None
+    for way in (lambda: triton.attend(call, form(arrays)), lambda: short(arrays)):
+        for turn in range(3):
+            machine.seen.clear()
+            out, _ = way()
+            dk, dv = torch.autograd.grad(out, (k, v), torch.zeros_like(out))
+            places = [dk.data_ptr(), dv.data_ptr()]
+            (kind, first), (_, second) = machine.seen[-2:]
+            assert kind == ("launched" if turn else kind)
+            sent = [[y.data_ptr() if isinstance(y, torch.Tensor) else y for y in each] for each in (first, second)]
+            assert [[each.count(place) for place in places] for each in sent] == [[1, 1], [2, 2]]
+            assert dk.shape == dv.shape == k.shape
 
 
 def test_known_ids_are_compared_by_one_launch(machine: Machine) -> None:
