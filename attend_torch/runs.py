@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from attend_shared import runs
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels.plan import Launch
+from attend_torch import launches
 from attend_torch.arrays import is_traced, is_watched
 from attend_torch.implementations import triton
 
@@ -87,18 +88,18 @@ def _known(call: Call, ids: list[torch.Tensor]) -> runs.Known:
 def _compare(now: torch.Tensor, then: torch.Tensor) -> None:
     """Have the device stop, in words, if ids are not what they were: by one kernel where there is Triton, not three."""
     if now.is_cuda and now.is_contiguous() and triton.unavailable() is None:
-        triton.run(_comparison(now.shape[1]), {"now": now, "then": then})
+        launches.run(_comparison(now.shape[1]), {"now": now, "then": then})
     else:
         torch._assert_async((now == then).all(), runs.CHANGED)
 
 
 @lru_cache(maxsize=64)
-def _comparison(length: int) -> triton.Kernels:
+def _comparison(length: int) -> launches.Kernels:
     """Of so many ids; what looks for the overflow of sums, where there are assertions, is left out."""
     many = 1024
     options = {"BLOCK": many, "sanitize_overflow": False}
     grid = -(-length // many), 1, 1
-    return triton.ready([Launch("compare", grid, ("now", "then"), (length,), (), options, 4, 1, "bounds")])
+    return launches.Kernels([Launch("compare", grid, ("now", "then"), (length,), (), options, 4, 1, "bounds")])
 
 
 class _Kept(NamedTuple):

@@ -38,8 +38,8 @@ def install(monkeypatch: pytest.MonkeyPatch, interpreted: bool = False) -> None:
     from attend_jax.implementations import fa3
     from attend_jax.implementations import fa4 as jax_fa4
     from attend_jax.implementations import triton as jax_triton
+    from attend_torch import launches
     from attend_torch.implementations import fa4 as torch_fa4
-    from attend_torch.implementations import triton as torch_triton
 
     interface = ModuleType("flash_attn.cute.interface")
     vars(interface).update(_flash_attn_fwd=_flash_attn_fwd, _flash_attn_bwd=_flash_attn_bwd)
@@ -56,7 +56,7 @@ def install(monkeypatch: pytest.MonkeyPatch, interpreted: bool = False) -> None:
     if not interpreted:
         monkeypatch.setattr(of_sinks, "launches", lambda *given: given)
         monkeypatch.setattr(torch_fa4, "_kernels", lambda *given: given)
-        monkeypatch.setattr(torch_triton, "run", _of_sinks)
+        monkeypatch.setattr(launches, "run", _of_sinks)
         monkeypatch.setattr(jax_triton, "run", _of_sinks)
     monkeypatch.setattr(jax_triton, "unavailable", lambda: None)
     for ours in (torch_fa4, jax_fa4, fa3):

@@ -27,7 +27,7 @@ from attend_shared.dtypes import round_to
 from attend_shared.kernels import plan as plans
 from attend_shared.kernels import tiles
 from attend_shared.problems import Problem
-from attend_torch import attend, bridge
+from attend_torch import attend, bridge, launches
 from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import triton
 
@@ -90,7 +90,7 @@ def visits() -> dict[str, list[int]]:
         return make(self, *arguments)
 
     interpreter.InterpreterBuilder.create_dot = count
-    run = triton.run
+    run = launches.run
     found: dict[str, list[int]] = {}
 
     def run_each(kernels: Any, arrays: Any) -> None:
@@ -102,7 +102,7 @@ def visits() -> dict[str, list[int]]:
             if kernel.launch.kernel in products:
                 found[name].append(dots // products[kernel.launch.kernel])
 
-    triton.run = run_each
+    launches.run = run_each
     x = torch.zeros(1, 1, 256, 16, requires_grad=True)
     plans.SMALL_TILES = (plans.SMALL_TILES[1],) * 2
     for name, options in calls.items():
@@ -131,7 +131,7 @@ def whole() -> dict[str, list[float] | str]:
         "left padding, packed": {"mask": (n >= 70)[None], "is_causal": True, "q_offset": -1},
         "documents of 128, one dead key": {"q_segment_ids": n[None] // 128, "mask": dead},
     }
-    run = triton.run
+    run = launches.run
     spoilt: tuple[str, ...] = ()
 
     def run_each(kernels: Any, arrays: Any) -> None:
@@ -147,7 +147,7 @@ def whole() -> dict[str, list[float] | str]:
             run([kernel], arrays)
             arrays |= kept
 
-    triton.run = run_each
+    launches.run = run_each
     plans.SMALL_TILES = (plans.SMALL_TILES[1],) * 2
     found: dict[str, list[float] | str] = {}
     for name, options in calls.items():
@@ -194,7 +194,7 @@ def packed() -> dict[str, list[str]]:
         arrays = Arrays(q, k, k, torch.from_numpy(mask)[:, None, None], kv_lengths=lengths)
         call = check(FRAMEWORK, arrays, False, None, None, None, 0.0, False, "bhnd", None)
         plan, known = triton._prepare(call, arrays)
-        triton.run(plan.forward[:2], known)
+        launches.run(plan.forward[:2], known)
         there = mask & (np.arange(j) < lengths.numpy()[:, None])
         before, wrong = known["before"].numpy(), []
         groups = plan.forward[1].launch.constants["G"]
@@ -221,10 +221,10 @@ def _documents(ids: np.ndarray, h: int, hk: int, causal: bool) -> tuple[list[pla
     arrays = canonical(call, arrays)
     layout = plans.Layout(q.stride()[:3], k.stride()[:3], k.stride()[:3], one_id=True)
     plan, known = triton._prepare(call, arrays)
-    triton.run(plan.forward[:2], known)
-    launches = plans._order(call, plans._Shared(call, layout, plans._ahead(call, layout)), True, True)
-    triton.run(triton.ready(launches), known)
-    return list(launches), known
+    launches.run(launches.Kernels(x.launch for x in plan.forward[:2]), known)
+    order = plans._order(call, plans._Shared(call, layout, plans._ahead(call, layout)), True, True)
+    launches.run(launches.Kernels(order), known)
+    return list(order), known
 
 
 def ordered() -> dict[str, list[str]]:
@@ -302,14 +302,14 @@ def left() -> dict[str, list[str]]:
     plan, known = triton._forward(call, arrays)
     _, known = triton._backward(call, arrays, triton._saved(plan, known), x[3], None, (True,) * 3 + (False,) * 2)
     expected = {name: known[name] for name in ("dk", "dv")}
-    launches = plan.backward(known["dout"].stride()[:3], False, False, True)
-    (launch,) = (each.launch for each in launches if each.launch.kernel == "key_gradients")
+    kernels = plan.backward(known["dout"].stride()[:3], False, False, True)
+    (launch,) = (each.launch for each in kernels if each.launch.kernel == "key_gradients")
     both = launch._replace(inputs=(*launch.inputs[:-1], "runs"), constants={**launch.constants, "RUNS": True})
-    empty, found = triton._empty, {}
-    triton._empty = lambda *x: empty(*x).fill_(7)
+    empty, found = launches._empty, {}
+    launches._empty = lambda *x: empty(*x).fill_(7)
     for name, runs in {"runs": 1, "no runs": 0}.items():
         given = known | {"runs": torch.tensor([runs], dtype=torch.int32)}
-        triton.run(triton.ready([both]), given)
+        launches.run(launches.Kernels([both]), given)
         found[name] = [which for which, x in expected.items()
                        if not torch.equal(given[which], torch.full_like(x, 7) if runs else x)]  # fmt: skip
     return found
@@ -336,14 +336,14 @@ def biases() -> dict[str, list[str]]:
         "of five items": (5, (1, 1, 18, 20), half, half, {}),
         "of two items in float32": (2, (1, 1, 18, 20), torch.float32, torch.float32, {}),
     }  # fmt: skip
-    together, run, launched = plans._together, triton.run, list[str]()
+    together, run, launched = plans._together, launches.run, list[str]()
     found: dict[str, list[str]] = {}
 
     def run_all(kernels: Any, arrays: Any) -> None:
         launched.extend(kernel.launch.kernel for kernel in kernels if "bias_" in kernel.launch.kernel)
         run(kernels, arrays)
 
-    triton.run = run_all
+    launches.run = run_all
     for name, (items, shape, dtype, of_bias, options) in calls.items():
         heads = 2 if name == "of all heads" else 1
         wide = [draw(items, heads, n, 16, seed=seed) for seed, n in enumerate((18, 20, 20))]
@@ -424,7 +424,7 @@ def drawn() -> dict[str, str]:
             "kv_segment_ids": torch.arange(40)[None] // 15}),
         "dk and dv in two passes": ((1, 1, 1, 12, 34, 136), {"is_causal": True, "q_offset": 22, **half}),
     }  # fmt: skip
-    found, once, empty = {}, plans.draws_once, triton._empty
+    found, once, empty = {}, plans.draws_once, launches._empty
     for name, ((b, h, hk, i, j, d), options) in calls.items():
         dtype = options.pop("dtype", torch.float32)
         inputs = {"q": draw(b, h, i, d), "k": draw(b, hk, j, d, seed=5), "v": draw(b, hk, j, d, seed=6)}
@@ -443,11 +443,11 @@ def drawn() -> dict[str, str]:
             plans.plan.cache_clear()
             triton._plan.cache_clear()
             plans.draws_once = lambda _, share=1.0, takes=takes: takes <= share
-            triton._empty = lambda *x, filled=filled: empty(*x).fill_(filled) if x[2] == torch.int32 else empty(*x)
+            launches._empty = lambda *x, filled=filled: empty(*x).fill_(filled) if x[2] == torch.int32 else empty(*x)
             results.append(both_ways("triton"))
         with torch.no_grad():  # what is kept is for a way back
             alone = attend(**inputs, **options, dropout=0.3, dropout_seed=99, implementation="triton")
-        plans.draws_once, triton._empty = once, empty
+        plans.draws_once, launches._empty = once, empty
         pairs = [pair for other in results[1:] for pair in zip(results[0], other, strict=True)]
         same = all(torch.equal(x, y) for x, y in [(results[0][0], alone), *pairs])
         others = both_ways("einsum")

@@ -28,6 +28,7 @@ ONE_SIDED_FILES = {
     "attend_torch/implementations/flex.py": "torch's own attention with functions",
     "attend_torch/again.py": "a compiled program has no door; in torch each call comes by it",
     "attend_torch/tape.py": "a compiled program launches kernels; what a package does before it does is paid in torch",
+    "attend_torch/launches.py": "a compiled program launches kernels; JAX does it by jax-triton",
     "attend_torch/programs.py": "FlexAttention takes functions of single numbers; JAX traces in functions.py",
     "attend_jax/implementations/xla.py": "JAX's own attention",
     "attend_jax/implementations/fa3.py": "a package of FlashAttention-3 as it was released is there for JAX alone",

@@ -34,6 +34,7 @@ from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.cases import Case
 from attend_shared.kernels import of_sinks
 from attend_shared.kernels import plan as plans
+from attend_torch import launches
 from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import blockwise as torch_blockwise
 from attend_torch.implementations import triton
@@ -859,7 +860,7 @@ def test_a_gradient_that_arrives_where_no_descriptor_reaches_is_copied(monkeypat
     q = torch.randn(1, 9, 1024, 128).bfloat16()
     call = call_of(q=q, k=q, v=q)
     ran: list[tuple[Any, dict[str, Any]]] = []
-    monkeypatch.setattr(triton, "run", lambda kernels, known: ran.append((kernels, known)))
+    monkeypatch.setattr(launches, "run", lambda kernels, known: ran.append((kernels, known)))
     odd = torch.empty(q.numel() + 1, dtype=q.dtype)[1:].view(q.shape).copy_(q)
     for dout, copied in ((q, False), (q[:, :1].expand(-1, 9, -1, -1), False), (odd, True),
                          (q[:1, :1, :1, :1].expand(1, 9, 1024, 128), True)):  # fmt: skip
@@ -1228,7 +1229,7 @@ def test_a_cotangent_may_lie_anywhere(shift: int, monkeypatch: pytest.MonkeyPatc
     q, k = torch.zeros(1, 2, 1024, 128).bfloat16(), torch.zeros(1, 1, 1024, 128).bfloat16()
     call = call_of(q=q, k=k, v=k)
     arrays, seen = canonical(call, Arrays(q, k, k)), {}
-    monkeypatch.setattr(triton, "run", lambda kernels, known: seen.update(known, kernels=kernels) or known.update(
+    monkeypatch.setattr(launches, "run", lambda kernels, known: seen.update(known, kernels=kernels) or known.update(
         dict.fromkeys(("out", "lse", "dq", "dk", "dv"), q)))  # fmt: skip
     row = torch.randn(1024, 129).bfloat16()
     for dout in (row[:, shift : shift + 128].expand(1, 2, -1, -1), torch.ones(()).bfloat16().expand(q.shape)):

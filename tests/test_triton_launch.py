@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from attend_shared.call import Arrays, Call, canonical, check
-from attend_torch import again
+from attend_torch import again, launches
 from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import triton
 from conftest import require
@@ -78,9 +78,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
                 names = kernel.arg_names
                 monkeypatch.setattr(module, name, Grids(partial(found.compile, names), arg_names=names))
     knobs = SimpleNamespace(runtime=found.hooks)
-    driver = triton._Driver(lambda: found.device, lambda device: found.stream, knobs)
-    monkeypatch.setattr(triton, "_driver", lambda: driver)
-    monkeypatch.setattr(triton, "_empty", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype))
+    driver = launches._Driver(lambda: found.device, lambda device: found.stream, knobs)
+    monkeypatch.setattr(launches, "_driver", lambda: driver)
+    monkeypatch.setattr(launches, "_empty", lambda shape, strides, dtype: torch.empty(shape, dtype=dtype))
     monkeypatch.setattr(torch.cuda, "device", found.enter)
     monkeypatch.setattr("triton.backends.nvidia.driver.CudaLauncher", SimpleNamespace)
     triton._plan.cache_clear()
@@ -181,7 +181,9 @@ def test_hooks_hear_of_launches(machine: Machine) -> None:
             assert public[1:4] == launched[HEAD:][:3] == (q.data_ptr(),) * 3
 
 
-@pytest.mark.parametrize(("name", "value"), [("_BASE_ARGS_FORMAT", triton.KNOWN_FORM + "O"), ("CudaLauncher", object)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("_BASE_ARGS_FORMAT", launches.KNOWN_FORM + "O"), ("CudaLauncher", object)]
+)
 def test_a_launcher_that_is_not_known_is_left_to_triton(
     name: str, value: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,7 +441,7 @@ def test_known_ids_are_compared_by_one_launch(machine: Machine) -> None:
 
     now, then = torch.zeros(1, 3000, dtype=torch.int64), torch.zeros(1, 3000, dtype=torch.int64)
     for kind in ("compiled", "launched"):
-        triton.run(_comparison(3000), {"now": now, "then": then})
+        launches.run(_comparison(3000), {"now": now, "then": then})
         assert machine.seen[-1][0] == kind
     grid, given = machine.seen[-1][1][:3], machine.seen[-1][1][HEAD:]
     assert grid == (3, 1, 1) and given == (now.data_ptr(), then.data_ptr(), 3000, 1024)

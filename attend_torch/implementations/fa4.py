@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from attend_shared import flash, meaning
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import of_sinks
+from attend_torch import launches
 from attend_torch.arrays import hide, indices, is_traced, is_watched, needs_gradients
 from attend_torch.implementations import einsum, rowwise, triton
 from attend_torch.machine import capability
@@ -256,13 +257,13 @@ def _dsinks(inputs: Sequence[Any], options: tuple) -> Tensor:
     )  # fmt: skip
     more = {"lse": lse, "dlse": dlse, "sinks": sinks, "q_lengths": q_used, "kv_lengths": kv_used, "starts": starts}
     known |= {name: x.contiguous() for name, x in more.items() if x is not None}
-    triton.run(_kernels(rows, *strides), known)
+    launches.run(_kernels(rows, *strides), known)
     return known["dsinks"]
 
 
 @lru_cache(maxsize=1024)
-def _kernels(rows: of_sinks.Rows, *strides: tuple[int, ...]) -> triton.Kernels:
-    return triton.ready(of_sinks.launches(rows, *strides))
+def _kernels(rows: of_sinks.Rows, *strides: tuple[int, ...]) -> launches.Kernels:
+    return launches.Kernels(of_sinks.launches(rows, *strides))
 
 
 def _called_back(function: Any, arrays: Sequence[Any], options: tuple) -> tuple[Tensor | None, ...]:

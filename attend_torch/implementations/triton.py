@@ -1,7 +1,7 @@
 """Triton kernels for every clause, launched here as they are in JAX: the same bits in both.
 
-The kernels and what a call launches are `attend_shared.kernels`. Here are the memory, the launches and the operator
-that a compiler takes whole.
+The kernels and what a call launches are `attend_shared.kernels`, how launches go `attend_torch.launches`. Here are the
+memory, the way back and the operator that a compiler takes whole.
 """
 
 from __future__ import annotations
@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from attend_shared import meaning
 from attend_shared.call import Arrays, Call, canonical
 from attend_shared.kernels import plan as plans
-from attend_shared.kernels.plan import BOUNDS, SAVED, Blocks, Launch, Layout
+from attend_shared.kernels.plan import BOUNDS, SAVED, Layout
+from attend_torch import launches
 from attend_torch.arrays import is_traced, is_watched, needs_gradients
 from attend_torch.implementations import blockwise, einsum, rowwise
 from attend_torch.implementations.blockwise import COUNT, FLOATS
+from attend_torch.launches import Kernels
 from attend_torch.machine import capability
-from attend_torch.tape import current_device, empty_on, picks
 
 Tensor = torch.Tensor
 INSTALLED = find_spec("triton") is not None
@@ -80,118 +81,23 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
 
 
 def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
-    """(q, k, v) -> what `attend` of the library returns, for calls of nothing else, or None.
-
-    What arrays of these strides launch is found once, and then sent off with their addresses.
-    """
+    """(q, k, v) -> what `attend` of the library returns, for calls of nothing else, or None."""
     if call.is_empty or plans.INTERPRETED:
         return None
     if call.gradient:
         recorded = _recorded(call, partial(canonical, call))
         return lambda q, k, v: recorded(Arrays(q, k, v))
-    with_lse = call.return_lse
-    found: dict[tuple, _Shortened | None] = {}
+    with_lse, alike = call.return_lse, _Alike(call, partial(canonical, call), True)
 
     def result(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        device, places = q.get_device(), [0, q.data_ptr(), k.data_ptr(), v.data_ptr()]
-        key = device, q.stride(), k.stride(), v.stride()
-        known, driver = found.get(key), _driver()
-        if known is not None and not (places[1] | places[2] | places[3]) & 15 and device == driver.device():
-            launch, ends = known
-            values: list[Any] = [q, k, v]
-            launch(driver.stream(device), _is_heard(driver.knobs.runtime), values, places)
-            out, lse = ends(values)
-            return (out, lse) if with_lse else out
-        arrays = Arrays(q, k, v)
-        plan, by_name = _forward(call, canonical(call, arrays), True)
-        if not (places[1] | places[2] | places[3]) & 15:
-            if len(found) >= STRIDES:
-                found.clear()
-            found[key] = _shortened(plan.alone, _tensors(arrays), by_name, ("out", "lse"))
-        out = _turned(call, by_name["out"])
-        return (out, by_name["lse"]) if with_lse else out
+        ends, key = alike.ahead.send_three(q, k, v)
+        out, lse = ends or alike.planned(Arrays(q, k, v), key)
+        return (out, lse) if with_lse else out
 
     return result
 
 
 attend.plain = plain  # type: ignore[attr-defined]
-
-
-class _Alike:
-    """Calls that are alike but for strides: what arrays of these launch is found once.
-
-    Attributes:
-        call: at which nothing looks on.
-        canonical: what gives arrays their one form.
-        ends: names of what is given back, as it lies.
-        alone: as in `Plan`.
-    """
-
-    def __init__(
-        self, call: Call, canonical: Callable[[Arrays], Arrays], ends: Sequence[str], alone: bool = False
-    ) -> None:
-        self.call, self.canonical, self.ends, self.alone = call, canonical, ends, alone
-        self.found: dict[tuple, _Shortened | None] = {}
-
-    def __call__(self, arrays: Arrays) -> Sequence[Any]:
-        """The ends; None for those that there are not."""
-        given: list[Any] = []
-        places, odd = [0], 0
-        for x in arrays:
-            if x is not None and x.__class__ is not int:
-                given.append(x)
-                places.append(place := x.data_ptr())
-                odd |= place | x.is_neg()
-        device = given[0].get_device()
-        key = device, arrays.q_segment_ids is arrays.kv_segment_ids, *[x.stride() for x in given]
-        found, driver = self.found.get(key), _driver()
-        if found is not None and not odd & 15 and device == driver.device():
-            launch, pick = found
-            launch(driver.stream(device), _is_heard(driver.knobs.runtime), given, places)
-            given.append(None)
-            return pick(given)
-        plan, known = _forward(self.call, self.canonical(arrays), self.alone)
-        ends = _given(plan, known, self.ends)
-        if not odd & 15 and key not in self.found:
-            if len(self.found) >= STRIDES:
-                self.found.clear()
-            self.found[key] = _shortened(plan.ahead(self.alone), _tensors(arrays), known, ends)
-        out = _turned(self.call, known["out"])
-        return tuple(None if name is None else out if name == "out" else known[name] for name in ends)
-
-    def back(
-        self, arrays: Arrays, saved: Sequence[Tensor | None], dout: Tensor, dlse: Tensor | None,
-        wanted: Sequence[bool],
-    ) -> Sequence[Tensor | None]:  # fmt: skip
-        """As `_gradients`, where a call of this came before."""
-        given: list[Any] = []
-        places, odd = [0], 0
-        for x in (*arrays, *saved, dout, dlse):
-            if x is not None and x.__class__ is not int:
-                given.append(x)
-                places.append(place := x.data_ptr())
-                odd |= place | x.is_neg()
-        device = dout.get_device()
-        one_id = arrays.q_segment_ids is arrays.kv_segment_ids
-        key = "back", device, wanted, dlse is None, one_id, *[x.stride() for x in given]
-        found, driver = self.found.get(key), _driver()
-        if found is None or odd & 15 or device != driver.device():
-            kernels, known = _backward(self.call, arrays, saved, dout, dlse, wanted)
-            if not odd & 15 and key not in self.found:
-                if len(self.found) >= STRIDES:
-                    self.found.clear()
-                named = {**dict(zip(SAVED, saved, strict=True)), "dout": dout, "dlse": dlse}
-                named = {**_tensors(arrays), **{name: x for name, x in named.items() if x is not None}}
-                ends = [name if wants else None for name, wants in zip(GRADIENTS, wanted, strict=True)]
-                self.found[key] = _shortened(kernels, named, known, ends)
-            return _found(self.call, known, wanted)
-        launch, pick = found
-        launch(driver.stream(device), _is_heard(driver.knobs.runtime), given, places)
-        given.append(None)
-        gradients = pick(given)
-        if self.call.layout == "bnhd":
-            return [x if x is None or n > 2 else _turned(self.call, x) for n, x in enumerate(gradients)]
-        return gradients
 
 
 def short(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Any] | None:
@@ -205,10 +111,11 @@ def short(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays
         return None
     if call.gradient:
         return _recorded(call, canonical)
-    with_lse, alike = call.return_lse, _Alike(call, canonical, ("out", "lse"), True)
+    with_lse, alike = call.return_lse, _Alike(call, canonical, True)
 
     def result(arrays: Arrays) -> Any:
-        out, lse = alike(arrays)
+        ends, key = alike.ahead.send(arrays, arrays.q_segment_ids is arrays.kv_segment_ids)
+        out, lse = ends or alike.planned(arrays, key)
         return (out, lse) if with_lse else out
 
     return result
@@ -216,7 +123,7 @@ def short(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays
 
 def _recorded(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays], Any]:
     """The same where autograd is to know."""
-    with_lse, alike = call.return_lse, _Alike(call, lambda arrays: arrays, SAVED)
+    with_lse, alike = call.return_lse, _Alike(call, lambda arrays: arrays, False)
 
     def result(arrays: Arrays) -> Any:
         arrays = canonical(arrays)
@@ -229,92 +136,52 @@ def _recorded(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Ar
 
 attend.short = short  # type: ignore[attr-defined]
 
-STRIDES = 64  # of arrays of calls alike
-_Sent = Callable[[int, bool, list[Any], list[int]], None]
-_Shortened = tuple[_Sent, Callable[[list[Any]], Sequence[Any]]]
 
+class _Alike:
+    """Calls that are alike but for strides, launched as `launches.Alike` does, or as calls that are planned are.
 
-def _shortened(
-    kernels: Kernels, given: Mapping[str, Any], known: dict[str, Tensor], ends: Sequence[str | None]
-) -> _Shortened | None:
-    """How launches that ran are sent off with a caller's own arrays, and what then picks the ends; last of all is None.
-
-    Args:
-        kernels: they ran.
-        given: the caller's arrays by name, in order; all begin at a multiple of 16 bytes.
-        known: those that the kernels had and made.
-        ends: names of what they made.
-
-    Returns:
-        None where what they had lies elsewhere than the caller's, or they cannot be sent.
+    Attributes:
+        call: at which nothing looks on.
+        canonical: what gives arrays their one form.
+        alone: as in `Plan`.
+        ends: names of what is given back, as it lies.
+        ahead, behind: what was launched before, forward and back.
     """
-    places: dict[str | None, int] = {None: 0}
-    for name in kernels.names:
-        its = known[name]
-        fields = (name, *(("q_segment_ids", "kv_segment_ids") if name.endswith("segment_ids") else ()))
-        for place, (field, x) in enumerate(given.items(), 1):
-            if field in fields and x.data_ptr() == its.data_ptr() and x.dtype == its.dtype:
-                places[name] = place
-        if name not in places:
-            return None
-    launch = _sent(kernels, places, 1 + len(given), known, known["q"].get_device())
-    if launch is None:
-        return None
-    order: dict[str | None, int] = {None: -1} | {name: n for n, name in enumerate(kernels.made, len(given))}
-    return launch, picks([order[name] for name in ends])
 
+    def __init__(self, call: Call, canonical: Callable[[Arrays], Arrays], alone: bool) -> None:
+        self.call, self.canonical, self.alone = call, canonical, alone
+        self.ends = SAVED[:2] if alone else SAVED
+        self.ahead = launches.Alike(Arrays._fields)
+        self.behind = launches.Alike((*Arrays._fields, *SAVED, "dout", "dlse"))
 
-def _tensors(arrays: Arrays) -> dict[str, Tensor]:
-    """Those that there are, by name."""
-    return {name: x for name, x in zip(Arrays._fields, arrays, strict=True) if isinstance(x, Tensor)}
+    def planned(self, arrays: Arrays, key: tuple | None) -> Sequence[Any]:
+        """The ends where `ahead` gives none, None for those that there are not. key: as it gives it."""
+        plan, known = _forward(self.call, self.canonical(arrays), self.alone)
+        ends = _given(plan, known, self.ends)
+        self.ahead.keep(key, arrays, plan.ahead(self.alone), known, ends)
+        out = _turned(self.call, known["out"])
+        return tuple(None if name is None else out if name == "out" else known[name] for name in ends)
+
+    def backward(
+        self, arrays: Arrays, saved: Sequence[Tensor | None], dout: Tensor, dlse: Tensor | None,
+        wanted: Sequence[bool],
+    ) -> Sequence[Tensor | None]:  # fmt: skip
+        """As `_gradients`."""
+        given, one_id = (*arrays, *saved, dout, dlse), arrays.q_segment_ids is arrays.kv_segment_ids
+        gradients, key = self.behind.send(given, wanted, dlse is None, one_id)
+        if gradients is None:
+            kernels, known = _backward(self.call, arrays, saved, dout, dlse, wanted)
+            ends = [name if wants else None for name, wants in zip(GRADIENTS, wanted, strict=True)]
+            self.behind.keep(key, given, kernels, known, ends)
+            return _found(self.call, known, wanted)
+        if self.call.layout == "bnhd":
+            return [x if x is None or n > 2 else _turned(self.call, x) for n, x in enumerate(gradients)]
+        return gradients
 
 
 def _given(plan: _Plan, known: Mapping[str, Tensor], ends: Sequence[str]) -> list[str | None]:
     """The ends, None for those that there are not, and for bounds that the way back finds anew."""
     return [name if name in known and (name not in BOUNDS or name in plan.bounds) else None for name in ends]
-
-
-def _sent(
-    kernels: Kernels, place: dict[str | None, int], count: int, known: dict[str, Tensor], device: int
-) -> _Sent | None:
-    """(stream, heard, arrays, [0, *their addresses]) -> None: launch what was compiled for arrays that are aligned, and
-    put what it makes behind them, as in `Kernels.made`.
-
-    Args:
-        kernels: which have run.
-        place: of the addresses of their arrays, and of 0, among `count`.
-        known: these arrays, and what was made of them.
-        device: where.
-
-    Returns:
-        None where one of them was not compiled for such.
-    """
-    place, steps = dict(place), []
-    for kernel in kernels:
-        aligned = (True,) * (1 + len(kernel.given))
-        launch = kernel.compiled.get((device, *(known[name].dtype for name in kernel.given), *aligned))
-        if launch is None:
-            return None
-        inputs = picks([place[name] for name in kernel.launch.inputs])
-        described = tuple((n, place[name] - 1, blocks) for n, name, blocks in kernel.described)
-        for name, *_ in kernel.made:
-            place[name], count = count, count + 1
-        made = tuple(each[1:] for each in kernel.made)
-        steps.append((launch, inputs, described, made, picks([place[name] for name in kernel.outputs])))
-
-    def sent(stream: int, heard: bool, arrays: list[Any], places: list[int]) -> None:
-        for launch, inputs, described, made, results in steps:
-            given: Any = inputs(places)
-            if described:
-                given = list(given)
-                for n, at, blocks in described:
-                    given[n] = _source(arrays[at], blocks)
-            for each in made:
-                arrays.append(x := _empty(*each))
-                places.append(x.data_ptr())
-            launch(stream, heard, given, results(places))
-
-    return sent
 
 
 GRADIENTS = tuple(f"d{Arrays._fields[place]}" for place in FLOATS)
@@ -333,7 +200,8 @@ class _Eager(torch.autograd.Function):
         if alike is None:
             output = _saved(*_forward(call, arrays))
         else:
-            out, *others = alike(arrays)
+            ends, key = alike.ahead.send(arrays, arrays.q_segment_ids is arrays.kv_segment_ids)
+            out, *others = ends or alike.planned(arrays, key)
             output = _turned(call, out), *others
         _keep(ctx, call, arrays, output)
         ctx.alike = alike
@@ -389,7 +257,7 @@ def _way_back(
         gradients = iter(_Gradients.apply(ctx.call, wanted, *arrays, *saved, dout, dlse))
         return [next(gradients) if wants else None for wants in wanted]
     if alike is not None:
-        return alike.back(arrays, saved, dout, dlse, wanted)
+        return alike.backward(arrays, saved, dout, dlse, wanted)
     return _gradients(ctx.call, arrays, saved, dout, dlse, wanted)
 
 
@@ -429,150 +297,6 @@ def _aligned(x: Tensor) -> Tensor:
 def _strides(x: Tensor | None) -> tuple[int, ...] | None:
     """Strides of what broadcasts: 0 along axes of size 1."""
     return None if x is None else tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))
-
-
-class _Source(NamedTuple):
-    """What Triton's launcher makes a tensor descriptor of."""
-
-    base: Tensor
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: str = "zero"
-
-
-def _source(x: Tensor, blocks: Blocks) -> _Source:
-    return _Source(x, blocks.shape, blocks.strides)
-
-
-def _descriptor(x: Tensor, blocks: Blocks) -> Any:
-    """The same, with all that Triton looks at when it compiles."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from attend_shared.kernels import hopper
-
-    layout = hopper.block_layout(blocks.block, str(x.dtype).removeprefix("torch."))
-    return TensorDescriptor(x, list(blocks.shape), list(blocks.strides), list(blocks.block), layout)
-
-
-# A call of a short sequence takes longer to launch than to run. What follows does in each call only what may differ
-# from the last: memory for results, addresses, the stream. All else is found by looking up what it hangs on.
-
-
-class _Kernel:
-    """One launch, and what Triton compiled it to, by what it looks at: devices, dtypes and whether arrays are aligned.
-
-    Triton's own launcher looks at each argument anew, which takes many times as long as the launch.
-    """
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
-        self.kernel = launch.function
-        self.given = tuple({name: None for name in launch.inputs if name is not None})
-        self.made = tuple((x.name, x.shape, _contiguous(x.shape), getattr(torch, x.dtype))
-                          for x in launch.outputs if x.used and x.name not in self.given)  # fmt: skip
-        self.outputs = tuple(x.name if x.used else self.made[0][0] for x in launch.outputs)
-        self.constants = tuple(launch.constants[name] for name in self.kernel.arg_names if name in launch.constants)
-        order = [None, *self.given, *(name for name, *_ in self.made)]
-        self.inputs, self.results = (picks([*map(order.index, names)]) for names in (launch.inputs, self.outputs))
-        self.described = tuple((launch.inputs.index(name), name, blocks) for name, blocks in launch.blocks.items())
-        self.compiled: dict[tuple, Callable[[int, bool, tuple, tuple], None]] = {}
-
-    def __call__(self, arrays: dict[str, Tensor], device: int, stream: int, heard: bool) -> None:
-        """Run it on the current device, its outputs put among the arrays. heard: as in `_is_heard`."""
-        given = [arrays[name] for name in self.given]
-        places = [0, *[x.data_ptr() for x in given]]  # 0: of what the call has not got
-        key = (device, *[x.dtype for x in given], *[place % 16 == 0 for place in places])
-        for name, shape, strides, dtype in self.made:
-            arrays[name] = made = _empty(shape, strides, dtype)
-            places.append(made.data_ptr())
-        launch = self.compiled.get(key)
-        if launch is None:
-            self._compile(arrays, key)
-        else:
-            inputs = self.inputs(places)
-            if self.described:
-                inputs = self._described(inputs, arrays, _source)
-            launch(stream, heard, inputs, self.results(places))
-
-    def _described(self, inputs: Sequence[Any], arrays: dict[str, Tensor], make: Callable[..., Any]) -> tuple:
-        """The inputs, some of them by what a tensor descriptor is made of."""
-        described = list(inputs)
-        for n, name, blocks in self.described:
-            described[n] = make(arrays[name], blocks)
-        return tuple(described)
-
-    def _compile(self, arrays: dict[str, Tensor], key: tuple) -> None:
-        """Run it as Triton's launcher does, and keep what that compiled."""
-        launch, any_array = self.launch, arrays.get("q")
-        inputs = [any_array if name is None else arrays[name] for name in launch.inputs]
-        compiled = self.kernel[launch.grid](
-            *self._described(inputs, arrays, _descriptor), *launch.given,
-            *(arrays[name] for name in self.outputs), **launch.constants,
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
-        if not plans.INTERPRETED:
-            self.compiled[key] = _launcher(compiled, launch, self.constants)
-
-
-class Kernels(tuple[_Kernel, ...]):
-    """Launches in order, and how they are sent off together where all arrays are aligned, by devices and dtypes.
-
-    Attributes:
-        names: of the arrays that they take.
-        made: of those that they make, in order.
-    """
-
-    def __new__(cls, launches: Sequence[Launch]) -> Kernels:
-        return super().__new__(cls, map(_Kernel, launches))
-
-    def __init__(self, launches: Sequence[Launch]) -> None:
-        self.made = tuple(name for kernel in self for name, *_ in kernel.made)
-        names: dict[str, None] = {}
-        made: set[str] = set()
-        for kernel in self:
-            names |= {name: None for name in kernel.given if name not in made}
-            made |= {name for name, *_ in kernel.made}
-        self.names = tuple(names)
-        self.sent: dict[tuple, _Sent] = {}
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    """The strides of an array that lies row by row."""
-    strides = [1]
-    for n in shape[:0:-1]:
-        strides.append(strides[-1] * n)
-    return tuple(strides[::-1])
-
-
-_empty = empty_on("cpu" if plans.INTERPRETED else "cuda")
-
-# What Triton's C launcher takes before a kernel's own arguments: grid (3), stream, function, whether the launch is
-# cooperative, whether it is dependent, two places of scratch memory, metadata, what hooks are told, two hooks.
-KNOWN_FORM = "iiiKKppOOOOOO"
-
-
-def _launcher(compiled: Any, what: Launch, constants: tuple) -> Callable[[int, bool, tuple, tuple], None]:
-    """(stream, heard, inputs, results) -> None: launch what Triton compiled, its arrays given as addresses.
-
-    By its C launcher, where that has the form that is known here and nobody listens; else as Triton's own calls do.
-    """
-    from triton.backends.nvidia import driver
-
-    grid, numbers = what.grid, what.given
-    public, run = compiled[grid], compiled.run
-    known = type(run) is driver.CudaLauncher and getattr(driver, "_BASE_ARGS_FORMAT", None) == KNOWN_FORM
-    if not known or run.global_scratch_size or run.profile_scratch_size:
-        return lambda stream, _, inputs, results: public(*inputs, *numbers, *results, *constants, stream=stream)
-    launch, behind = run.launch, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None,
-                                  compiled.packed_metadata, None, None, None)  # fmt: skip
-
-    def direct(stream: int, heard: bool, inputs: tuple, results: tuple) -> None:
-        if heard:
-            public(*inputs, *numbers, *results, *constants, stream=stream)
-        else:
-            launch(*grid, stream, *behind, *inputs, *numbers, *results, *constants)
-
-    return direct
 
 
 class _Plan:
@@ -630,69 +354,6 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     return plan, known
 
 
-def ready(launches: Sequence[Launch]) -> Kernels:
-    """Launches of another implementation, for `run`."""
-    return Kernels(launches)
-
-
-def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
-    """Run them in order, their outputs put among the arrays, all of which are on one device."""
-    if plans.INTERPRETED:
-        for kernel in kernels:
-            kernel(arrays, -1, 0, False)
-        return
-    given = [arrays[name] for name in kernels.names]
-    device, driver = given[0].get_device(), _driver()
-    if device != driver.device():
-        with torch.cuda.device(device):
-            return run(kernels, arrays)
-    stream, heard = driver.stream(device), _is_heard(driver.knobs.runtime)
-    places, any_place = [0], 0
-    for x in given:
-        places.append(at := x.data_ptr())
-        any_place |= at
-    if any_place & 15:
-        for kernel in kernels:
-            kernel(arrays, device, stream, heard)
-        return
-    key = device, *[x.dtype for x in given]
-    launch = kernels.sent.get(key)
-    if launch is not None:
-        launch(stream, heard, given, places)
-        arrays.update(zip(kernels.made, given[len(kernels.names) :], strict=True))
-        return
-    for kernel in kernels:
-        kernel(arrays, device, stream, heard)
-    place: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(kernels.names, 1)}
-    launch = _sent(kernels, place, len(places), arrays, device)
-    if launch is not None:
-        kernels.sent[key] = launch
-
-
-class _Driver(NamedTuple):
-    """What gives the current device, and the current stream of a device, and where Triton keeps its hooks."""
-
-    device: Callable[[], int]
-    stream: Callable[[int], int]
-    knobs: Any
-
-
-@cache
-def _driver() -> _Driver:
-    from triton import knobs
-    from triton.runtime import driver
-
-    return _Driver(current_device, driver.active.get_current_stream, knobs)
-
-
-def _is_heard(runtime: Any) -> bool:
-    """Whether a profiler wants to be told of launches: whether there is a hook, other than a chain of none."""
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    if enter is not None and getattr(enter, "calls", True):
-        return True
-    return leave is not None and bool(getattr(leave, "calls", True))
-
-
 def _turned(call: Call, x: Tensor) -> Tensor:
     """(b h n d) of what lies as the caller laid it out, or the opposite."""
     return x.transpose(1, 2) if call.layout == "bnhd" else x
@@ -701,7 +362,7 @@ def _turned(call: Call, x: Tensor) -> Tensor:
 def _forward(call: Call, arrays: Arrays, alone: bool = False) -> tuple[_Plan, dict[str, Tensor]]:
     """What was launched, and its arrays by name: inputs and outputs, out (b h i dv) among them. alone: as in `Plan`."""
     plan, known = _prepare(call, arrays)
-    run(plan.ahead(alone), known)
+    launches.run(plan.ahead(alone), known)
     known["out"] = _turned(call, known["out"])
     return plan, known
 
@@ -740,7 +401,7 @@ def _backward(
         known["dlse"] = dlse.resolve_neg().contiguous()
     has_bounds = bool(plan.bounds) and all(name in known for name in plan.bounds)
     kernels = plan.backward(known["dout"].stride()[:3], wanted[3], dlse is not None, has_bounds)
-    run(kernels, known)
+    launches.run(kernels, known)
     return kernels, known
 
 
