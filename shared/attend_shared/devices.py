@@ -57,6 +57,7 @@ RULES = (
     Rule("few logits", lambda call: call.b * call.h * call.i * call.j <= QUICK),
     Rule("very short sequences", lambda call: call.i <= VERY_SHORT and call.j <= VERY_SHORT),
     Rule("short sequences", lambda call: call.i <= SHORT and call.j <= SHORT),
+    Rule("all pairs, head sizes up to 128", lambda call: call.left is None and call.right is None and call.d <= 128),
     Rule("head sizes up to 64", lambda call: call.d <= 64),
     Rule("head sizes up to 96", lambda call: call.d <= 96),
     Rule("head sizes up to 128", lambda call: call.d <= 128),

@@ -165,7 +165,6 @@ TILES: dict[tuple[str, int, int], Tile] = {
     ("value_gradients", 2, 256): Tile(64, 128, 8, 2),
     ("key_gradients with dropout", 2, 128): Tile(32, 64, 4, 3),
     ("key_gradients with softcap", 2, 128): Tile(32, 64, 4, 3),
-    ("key_gradients with a bias", 2, 64): Tile(64, 64, 4, 2),
     ("key_gradients with a window", 2, 128): Tile(32, 64, 4, 3),
     ("key_gradients with segments", 2, 128): Tile(32, 64, 4, 3),
     ("bias_gradients", 2, 64): Tile(64, 64, 4, 3),
@@ -283,9 +282,7 @@ def tile(kernel: str, call: Call, capability: str, drawn: bool = False) -> Tile:
     has = {"bits": drawn, "dropout": call.dropout, "softcap": call.softcap is not None,
            "a window": call.left is not None, "segments": call.segments}  # fmt: skip
     with_what = next((f" with {what}" for what in has if has[what]), "")
-    with_bias = kernel + " with a bias" * (call.bias is not None)
-    found = next(TILES[key] for key in ((name, width, size) for name in (kernel + with_what, with_bias, kernel))
-                 if key in TILES)  # fmt: skip
+    found = next(TILES[key] for key in ((name, width, size) for name in (kernel + with_what, kernel)) if key in TILES)
     if width == 4:
         return IN_FULL.get((kernel, size), found) if in_full(call, capability) else found
     if capability not in MUCH_SHARED:
