@@ -218,6 +218,18 @@ def test_export() -> None:
     assert_same(program.module()(*qkv(9, 9)), module(*qkv(9, 9)), CLOSE)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are those of the trace
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@EACH_CALL
+def test_torch_jit_trace(call: str) -> None:
+    def run(*inputs: torch.Tensor) -> Any:
+        return attend(*inputs, **CALLS[call])
+
+    traced = torch.jit.trace(run, qkv())
+    for inputs in (qkv(), tuple(-2 * x for x in qkv())):
+        assert_same(traced(*inputs), run(*inputs), CLOSE)
+
+
 # autocast.
 
 

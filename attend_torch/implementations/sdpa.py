@@ -90,18 +90,22 @@ def attend(call: Call, arrays: Arrays) -> tuple[torch.Tensor, None]:
         arrays = hide(call, arrays)
         mask = _mask(call, arrays)
     causal = call.right == 0 and not needs_mask
-    grouped = True if call.h != call.hk else False  # noqa: SIM210 - of dynamic sizes, a comparison alone stays a symbol
     out = F.scaled_dot_product_attention(
-        arrays.q, arrays.k, arrays.v, mask, is_causal=causal, scale=call.scale, enable_gqa=grouped
+        arrays.q, arrays.k, arrays.v, mask, is_causal=causal, scale=call.scale, enable_gqa=_grouped(call)
     )
     return hide_rows(call, arrays, out) if call.q_lengths else out, None
+
+
+def _grouped(call: Call) -> bool:
+    """Whether heads are grouped; where sizes are dynamic or traced, a comparison alone is no bool."""
+    return True if call.h != call.hk else False  # noqa: SIM210
 
 
 def plain(call: Call) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """(q, k, v) -> out, all in the caller's layout, for calls of nothing else; None where they need a mask."""
     if _needs_mask(call):
         return None
-    said = {"is_causal": call.right == 0, "scale": call.scale, "enable_gqa": call.h != call.hk}
+    said = {"is_causal": call.right == 0, "scale": call.scale, "enable_gqa": _grouped(call)}
     usual = {"is_causal": False, "scale": 1 / math.sqrt(call.d), "enable_gqa": False}
     options: Any = {name: value for name, value in said.items() if value != usual[name]}  # each takes time to read
 
