@@ -21,6 +21,12 @@ def _device(array: Any) -> Any:
     return next(iter(devices)) if len(devices) == 1 else None
 
 
+def _dtype(array: Any) -> str:
+    """Of NumPy's other byte order as NumPy writes it, ">f4": JAX would read such an array as one of its own."""
+    dtype = array.dtype
+    return dtype.name if getattr(dtype, "isnative", True) else dtype.str
+
+
 def _platform(array: Any) -> str:
     return {"gpu": "cuda"}.get(platform := jax.default_backend(), platform)
 
@@ -28,7 +34,7 @@ def _platform(array: Any) -> str:
 FRAMEWORK = Framework(
     name="jax",
     arrays=(jax.Array, np.ndarray),
-    dtype=lambda array: array.dtype.name,
+    dtype=_dtype,
     device=_device,
     platform=_platform,
     has_float64=lambda: bool(jax.config.read("jax_enable_x64")),

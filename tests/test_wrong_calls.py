@@ -221,6 +221,22 @@ def test_ids_that_32_bits_do_not_hold_in_jax_without_x64() -> None:
         attend_jax.attend(**right_call(q_segment_ids=ids))
 
 
+def test_the_other_byte_order_in_jax() -> None:
+    """Once a call like it is compiled, JAX reads such bytes as its own; torch has no tensors of them."""
+    data = DATA | {"q": right_call()["q"], "cu_seqlens": np.array([0, 6], np.int32)}
+    swapped = {name: x.astype(x.dtype.newbyteorder(">")) for name, x in data.items() if x.dtype != np.bool_}
+    attend_jax.attend(**right_call())
+    for argument in swapped:
+        if argument == "cu_seqlens":
+            call: Any = attend_jax.convert.segments_from_cu_seqlens
+            error, text = error_of(call, swapped[argument], 6)
+        else:
+            error, text = error_of(attend_jax.attend, **right_call(**{argument: swapped[argument]}))
+        assert (error, named(text)) == ("TypeError", argument)
+        assert f"got {swapped[argument].dtype.str} of shape {data[argument].shape}. " in text
+    assert error_of(attend_jax.merge, [swapped["q"]], [np.zeros((2, 4, 6), np.float32)])[0] == "TypeError"
+
+
 def test_an_int64_scalar_is_a_seed_in_torch_only() -> None:
     arguments = right_call(dropout=0.1, dropout_seed=np.array(7))
     attend_torch.bridge.call(arguments)

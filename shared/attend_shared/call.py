@@ -186,7 +186,8 @@ def describe(value: Any) -> str:
     if value is None:
         return "None"
     if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
-        return f"{str(getattr(value.dtype, 'name', value.dtype)).removeprefix('torch.')} of shape {_shape(value)}"
+        name = getattr(value.dtype, "name", value.dtype) if getattr(value.dtype, "isnative", True) else value.dtype.str
+        return f"{str(name).removeprefix('torch.')} of shape {_shape(value)}"
     kind = type(value).__name__
     if isinstance(value, np.generic):
         return f"{kind} {value.item()!r}"
