@@ -1,6 +1,7 @@
 """The command `attend`: what it prints, what it writes, and its exit status."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from click.testing import CliRunner, Result
 
 import attend_jax
 import attend_torch
-from attend_shared import cases, parity, report, wrong_calls
+from attend_shared import cases, demo, parity, report, wrong_calls
 from attend_shared.command import main
 
 FEW = ("--case", "square-float32-causal")
@@ -165,6 +166,7 @@ def test_cases_are_chosen_by_name_by_words_and_by_dtype(monkeypatch: pytest.Monk
         (("--case", "sqare"), "Did you mean square"),
         (("--case", "square-float32-causal", "--dtype", "float64"), "none of the 1 cases is float64"),
         (("--json", "no/such/folder/parity.json"), "there is no folder"),
+        (("--html", ""), "expected a name, got none"),
         (("--device", "tpu"), "Invalid value for '--device'"),
         (("--framework", "numpy"), "Invalid value for '--framework'"),
     ],
@@ -285,8 +287,10 @@ def test_explain_says_what_is_wrong_in_a_line(framework: str, arguments: tuple[s
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--q", "1,eight,16,32"), ("--window", "wide"), ("--q-offset", "end"), ("--dtype", "float8")]
-)
+    "arguments",
+    [("--q", "1,eight,16,32"), ("--window", "wide"), ("--q-offset", "end"), ("--dtype", "float8"),
+     ("--v", "4000000000,4000000000,40,4"), ("--mask", f"1,{10**30}")],
+)  # fmt: skip
 def test_explain_says_what_it_cannot_read(arguments: tuple[str, ...]) -> None:
     run = attend("explain", "--framework", "torch", *SHAPES, *arguments)
     assert run.exit_code == 2
@@ -324,3 +328,33 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(OSError, match="disk full"):
             report.write(file, "after")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "before")]
+
+
+def test_what_is_no_plain_file_stays_and_is_written_to(tmp_path: Path) -> None:
+    file, link, pipe = (tmp_path / name for name in ("file", "link", "pipe"))
+    link.symlink_to(file)
+    report.write(link, "through")
+    assert link.is_symlink() and file.read_text() == "through"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    report.write(pipe, "through")
+    assert os.read(reader, 99) == b"through" and pipe.is_fifo()
+    os.close(reader)
+
+
+@pytest.mark.parametrize("command", ["parity", "demo"])
+def test_what_cannot_be_written_is_said_in_a_line(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "file" / "new"
+    if command == "demo":
+        monkeypatch.setattr(demo, "run", lambda step: None)
+        (tmp_path / "file").touch()
+        run = attend(command, "--out", place)
+    else:
+        monkeypatch.setattr(parity, "examine", lambda case, *_: parity.Report(case, (), ()))
+        (tmp_path / "file").mkdir()
+        monkeypatch.setattr(Path, "replace", lambda self, target: os.stat(tmp_path / "gone"))
+        run = attend(command, *FEW, "--framework", "torch", "--json", place)
+    assert run.exit_code == 2
+    assert f"Error: {place}: it cannot be written: N" in run.output.replace("\n", " ")

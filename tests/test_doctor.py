@@ -533,6 +533,7 @@ def test_what_is_wrong_but_not_taken_is_no_failure(few: Callable[..., None]) -> 
     [
         (("--implementation", "flash9"), "--implementation: expected one of"),
         (("--output", "no/such/folder/file.json"), "there is no folder"),
+        (("--picture", ""), "expected a name, got none"),
         (("--limit", "0"), "Invalid value for '--limit'"),
         (("--dtype", "float8"), "Invalid value for '--dtype'"),
     ],

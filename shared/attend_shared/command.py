@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from rich.text import Text
 from attend_shared import avoid, cases, demo, doctor, doctor_picture, parity, pictures, port, report, wrong_calls
 from attend_shared.call import DTYPES, LAYOUTS, NAMES
 from attend_shared.cases import Case
-from attend_shared.checkpoints import CheckpointError
+from attend_shared.checkpoints import SIZE_LIMIT, CheckpointError
 from attend_shared.errors import UnsupportedError
 from attend_shared.parity import CHECKS, EVERYTHING, FRAMEWORKS, Difference, Result, Summary, Twin
 
@@ -56,7 +57,10 @@ class Shape(click.ParamType):
         parts = str(value).strip("()[] ").split(",")
         if not all(part.strip().isdecimal() for part in parts):
             self.fail(f"expected sizes like 1,8,1024,64, got {value!r}", param, ctx)
-        return tuple(int(part) for part in parts)
+        sizes = tuple(int(part) for part in parts)
+        if math.prod(size for size in sizes if size) > SIZE_LIMIT:
+            self.fail(f"expected sizes that an array can have, got {value!r}", param, ctx)
+        return sizes
 
 
 class Window(click.ParamType):
@@ -132,9 +136,7 @@ def parity_command(
 
     Exit status: 0 if all is as it should be, 1 if anything is not, 2 if it cannot be run.
     """  # fmt: skip
-    for file in (json_file, html_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise Wrong(f"{file}: there is no folder {file.parent} to write it to.")
+    _check_files(json_file, html_file)
     chosen = _cases(pattern, dtypes)
     calls = wrong_calls.WRONG_CALLS if pattern in ("", CHECKS) and not implementations and not dtypes else ()
     _settle(device)
@@ -171,9 +173,9 @@ def parity_command(
 
     _print_run(out, run)
     if json_file is not None:
-        report.write(json_file, json.dumps(report.as_json(run), indent=1, allow_nan=False) + "\n")
+        _write(json_file, json.dumps(report.as_json(run), indent=1, allow_nan=False) + "\n")
     if html_file is not None:
-        report.write(html_file, report.as_html(run))
+        _write(html_file, report.as_html(run))
     for file in (json_file, html_file):
         if file is not None:
             _say(out, f"written: {file}", "dim")
@@ -419,9 +421,8 @@ def doctor_command(
     that it takes is wrong, crashes or hangs; 2 if it cannot be run. A file that ATTEND_AVOID names has its say in what
     is taken.
     """
+    _check_files(output, picture)
     for file in (output, picture):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise Wrong(f"{file}: there is no folder {file.parent} to write it to.")
         if file is not None and file.exists() and not force:
             raise Wrong(f"{file}: there is such a file. --force replaces it.")
     _settle("" if device is None else device)
@@ -469,10 +470,10 @@ def doctor_command(
 
     _print_doctor(out, run, them)
     if output is not None:
-        _write_anew(output, json.dumps(doctor.as_json(run), indent=1, allow_nan=False) + "\n", force)
+        _write(output, json.dumps(doctor.as_json(run), indent=1, allow_nan=False) + "\n", force)
         _say(out, f"written: {output}", "dim")
     if picture is not None:
-        _write_anew(picture, doctor_picture.draw(run), force)
+        _write(picture, doctor_picture.draw(run), force)
         _say(out, f"written: {picture}", "dim")
     if run.bad:
         name = "FILE" if output is None else os.path.abspath(output)
@@ -480,15 +481,6 @@ def doctor_command(
         _say(out, f"{first}to have the choice avoid what is wrong: export {avoid.VARIABLE}={name}")
     if run.taken:
         raise SystemExit(1)
-
-
-def _write_anew(path: Path, content: str | bytes, force: bool) -> None:
-    try:
-        report.write(path, content, replace=force)
-    except FileExistsError as error:
-        raise Wrong(f"{path}: there is such a file by now. --force replaces it.") from error
-    except OSError as error:
-        raise Wrong(f"{path}: it cannot be written: {error.strerror or error}.") from error
 
 
 def _print_doctor(out: Console, run: doctor.Run, them: Sequence[doctor.Target]) -> None:
@@ -574,9 +566,12 @@ def demo_command(folder: Path) -> None:
             task = progress.add_task("loading", total=demo.STEPS)
             done = itertools.count()
             found = demo.run(lambda text: progress.update(task, completed=next(done), description=text))
-            folder.mkdir(parents=True, exist_ok=True)
-            pictures.draw(found, folder / "demo.png")
-            report.write(folder / "demo.json", json.dumps(demo.as_json(found), indent=1, allow_nan=False) + "\n")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                pictures.draw(found, folder / "demo.png")
+            except OSError as error:
+                raise _unwritten(folder, error) from error
+            _write(folder / "demo.json", json.dumps(demo.as_json(found), indent=1, allow_nan=False) + "\n")
     except demo.MissingError as error:
         raise Wrong(str(error)) from error
     _print_demo(out, found, time.perf_counter() - started)
@@ -720,6 +715,28 @@ def _console() -> Console:
     """Standard output; what is not a terminal has no width to keep to."""
     console = Console(highlight=False, soft_wrap=False)
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, 120))
+
+
+def _check_files(*files: Path | None) -> None:
+    """Before anything is computed: whether files can be where they are to be written."""
+    for file in files:
+        if file is not None and not file.name:
+            raise Wrong("a file to write: expected a name, got none.")
+        if file is not None and not file.absolute().parent.is_dir():
+            raise Wrong(f"{file}: there is no folder {file.parent} to write it to.")
+
+
+def _write(path: Path, content: str | bytes, replace: bool = True) -> None:
+    try:
+        report.write(path, content, replace=replace)
+    except FileExistsError as error:
+        raise Wrong(f"{path}: there is such a file by now. --force replaces it.") from error
+    except OSError as error:
+        raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> Wrong:
+    return Wrong(f"{path}: it cannot be written: {error.strerror or error}.")
 
 
 def _progress() -> Progress:

@@ -144,7 +144,7 @@ def write(path: Path, content: str | bytes, replace: bool = True) -> None:
     """Write a file beside its name and rename it there, so that no one finds half of it.
 
     Args:
-        path: in a folder that exists.
+        path: in a folder that exists. What is there and no plain file, such as /dev/stdout, stays and is written to.
         content: text becomes UTF-8.
         replace: whether a file that is there gives way.
 
@@ -153,9 +153,13 @@ def write(path: Path, content: str | bytes, replace: bool = True) -> None:
     """
     if not replace and path.exists():
         raise FileExistsError(f"{path} is there")
+    content = content.encode() if isinstance(content, str) else content
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_bytes(content)
+        return
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content.encode() if isinstance(content, str) else content)
+        beside.write_bytes(content)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
