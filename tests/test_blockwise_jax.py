@@ -139,6 +139,12 @@ def test_blocks_that_are_ruled_out_are_not_visited(options: dict[str, Any], coun
     assert visited(**options) == counts
 
 
+def test_a_scale_that_is_0_in_float32_gives_the_mean() -> None:
+    q, k, v = arrays(1, 1, 1, 1, 3, 4)  # of a block of four keys
+    out = attend_jax.attend(q, k, v, scale=1e-300, implementation="blockwise")
+    np.testing.assert_allclose(out[0, 0, 0], v[0, 0].mean(0), rtol=1e-6)
+
+
 def test_a_row_of_one_key_has_exact_zeros() -> None:
     """Its weight is 1 whatever its logit is: dp and delta, each rounded in its own way, must cancel."""
     q, k, v = arrays(2, 2, 1, 300, 300, 64)

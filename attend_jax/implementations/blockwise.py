@@ -126,8 +126,10 @@ class _Tiles:
         # What out loses by weights so short would show in the gradient of a bias or of sinks that are not.
         others = [x.dtype for x in (floats.bias, floats.sinks) if x is not None]
         self.weight = self.factor if all(dtype == self.factor for dtype in others) else self.wide
-        # What logits are still to be multiplied by: the largest can be taken first where nothing is added to them.
-        self.unit = call.scale if call.softcap is None and floats.bias is None and call.scale > 0 else 1.0
+        # What logits are still to be multiplied by: the largest can be taken first where nothing is added to them. Not
+        # by what is 0 in their dtype: those of -inf would be NaN.
+        apart = call.softcap is None and floats.bias is None and call.scale >= jnp.finfo(self.wide).tiny
+        self.unit = call.scale if apart else 1.0
         self.q = _pad(floats.q, self.queries).reshape(call.b * call.hk, self.group, self.queries.padded, call.d)
         self.k = _pad(floats.k, self.keys).reshape(call.b * call.hk, self.keys.padded, call.d)
         self.v = _pad(floats.v, self.keys).reshape(call.b * call.hk, self.keys.padded, call.dv)
