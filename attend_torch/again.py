@@ -25,7 +25,7 @@ from attend_torch.implementations import PACKING, table
 from attend_torch.philox import seed_words
 
 Result = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]
-_Tensor, _Parameter = torch.Tensor, torch.nn.Parameter
+_Tensor, _Parameter, _dense = torch.Tensor, torch.nn.Parameter, torch.strided
 _is_compiling, _has_gradients = torch.compiler.is_compiling, torch.is_grad_enabled
 _has_autocast, _has_modes = torch._C._is_any_autocast_enabled, torch._C._len_torch_dispatch_stack
 _interpreter = torch._C._functorch.peek_interpreter_stack
@@ -141,6 +141,7 @@ def result(
         and _is_usual(is_causal, window_size, softcap, scale, dropout, return_lse)
         and (dtype := q.dtype) is k.dtype is v.dtype
         and (device := q.device) == k.device == v.device
+        and q.layout is k.layout is v.layout is _dense
         and not (q.is_neg() or k.is_neg() or v.is_neg())
     ):
         return None
@@ -196,7 +197,7 @@ def key(
         if x is None:
             parts.append(None)
         elif x.__class__ is _Tensor or x.__class__ is _Parameter:
-            parts += x.shape, x.dtype, x.device, x.requires_grad
+            parts += x.shape, x.dtype, x.device, x.layout, x.requires_grad
         elif x is arrays.q_offset and x.__class__ is int:
             parts.append(x)
         else:

@@ -60,6 +60,7 @@ FRAMEWORK = Framework(
     has_float64=lambda: True,
     wants_gradient=lambda array: array.requires_grad and torch.is_grad_enabled(),
     takes_int64_seed=True,
+    is_dense=lambda array: array.layout is torch.strided,
 )
 
 

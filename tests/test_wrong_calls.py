@@ -221,6 +221,29 @@ def test_ids_that_32_bits_do_not_hold_in_jax_without_x64() -> None:
         attend_jax.attend(**right_call(q_segment_ids=ids))
 
 
+OTHERWISE = {
+    "sparse": torch.Tensor.to_sparse,
+    "mkldnn": torch.Tensor.to_mkldnn,
+    "nested": lambda x: torch.nested.nested_tensor(list(x), layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_sparse_and_nested_tensors_in_torch(kind: str) -> None:
+    """In JAX such arrays are no arrays of its own."""
+    given = {name: torch.from_numpy(x) for name, x in right_call(bias=np.ones((2, 1, 1, 6), np.float32)).items()}
+    attend_torch.attend(**given)  # what is remembered of it is not of these
+    for argument in ("q", "k", "v", "bias"):
+        there = OTHERWISE[kind](given[argument])
+        error, text = error_of(attend_torch.attend, **given | {argument: there})
+        assert (error, named(text)) == ("TypeError", argument)
+        assert ": expected a dense array, got one that is sparse or nested. " in text
+    x = OTHERWISE[kind](given["q"])
+    attend_torch.attend(*[given["q"]] * 3)
+    for attend in (attend_torch.attend, attend_torch.explain, attend_torch.Attend()):
+        assert error_of(attend, x, x, x) == ("TypeError", text.replace("bias", "q", 1))
+
+
 def test_the_other_byte_order_in_jax() -> None:
     """Once a call like it is compiled, JAX reads such bytes as its own; torch has no tensors of them."""
     data = DATA | {"q": right_call()["q"], "cu_seqlens": np.array([0, 6], np.int32)}

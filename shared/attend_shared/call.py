@@ -39,6 +39,7 @@ class Framework(NamedTuple):
         has_float64: whether float64 arrays stay float64 here (JAX: only with x64).
         wants_gradient: whether a gradient may be asked of an array (JAX cannot know: always True).
         takes_int64_seed: whether an int64 scalar array is a dropout_seed here.
+        is_dense: whether an array is a plain one of its shape, neither sparse nor nested.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Framework(NamedTuple):
     has_float64: Callable[[], bool]
     wants_gradient: Callable[[Any], bool]
     takes_int64_seed: bool
+    is_dense: Callable[[Any], bool] = lambda array: True
 
 
 class Call(NamedTuple):
@@ -420,11 +422,18 @@ def check_array(framework: Framework, argument: str, value: Any) -> None:
         whose = f"It is of {type(value).__module__.partition('.')[0]}; " if hasattr(value, "dtype") else ""
         raise wrong(TypeError, argument, "an array of the framework that is called", value,
                      f"{whose}attend_torch takes torch tensors, attend_jax takes JAX and NumPy arrays.")  # fmt: skip
+    if not framework.is_dense(value):
+        raise TypeError(
+            f"{argument}: expected a dense array, got one that is sparse or nested. Sequences of many lengths are one "
+            "array padded, with q_lengths and kv_lengths, or packed, with segment ids."
+        )
 
 
 def _sizes(framework: Framework, q: Any, k: Any, v: Any, layout: str) -> tuple[int, ...]:
-    types = framework.arrays
-    if not (isinstance(q, types) and isinstance(k, types) and isinstance(v, types)):
+    types, dense = framework.arrays, framework.is_dense
+    if not (
+        isinstance(q, types) and isinstance(k, types) and isinstance(v, types) and dense(q) and dense(k) and dense(v)
+    ):
         for name, value in (("q", q), ("k", k), ("v", v)):
             check_array(framework, name, value)
             _rank(name, value, layout)
