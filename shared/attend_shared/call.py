@@ -191,6 +191,8 @@ def describe(value: Any) -> str:
         name = getattr(value.dtype, "name", value.dtype) if getattr(value.dtype, "isnative", True) else value.dtype.str
         return f"{str(name).removeprefix('torch.')} of shape {_shape(value)}"
     kind = type(value).__name__
+    if isinstance(value, np.bool_):  # where Python's alone will do
+        return f"numpy bool {value.item()!r}"
     if isinstance(value, np.generic):
         return f"{kind} {value.item()!r}"
     if isinstance(value, int) and value.bit_length() > 80:

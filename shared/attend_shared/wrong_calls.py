@@ -835,6 +835,12 @@ WRONG_USES: tuple[WrongCall, ...] = (
         lambda: {"flash": 1}, "Attend",
     ),
     WrongCall(
+        "Attend: flash a NumPy bool", TypeError,
+        "flash: expected None, True or False, got numpy bool True. None chooses, True allows no q_len x kv_len "
+        "array, False is einsum.",
+        lambda: {"flash": np.True_}, "Attend",
+    ),
+    WrongCall(
         "Attend: flash text", TypeError,
         "flash: expected None, True or False, got str 'einsum'. None chooses, True allows no q_len x kv_len "
         "array, False is einsum.",
