@@ -62,6 +62,11 @@ def segment_ids(q_ids: Any, kv_ids: Any) -> tuple[Any, Any]:
     if q_ids is kv_ids:
         q_ids = q_ids.astype(dtype)
         return q_ids, q_ids
+    signed = [x.dtype.kind == "i" for x in (q_ids, kv_ids)]
+    if signed[0] != signed[1]:  # an unsigned id that the dtype does not hold is no signed one
+        most = np.iinfo(dtype).max
+        q_ids, kv_ids = (x if s or x.dtype.itemsize < np.dtype(dtype).itemsize else x.clip(max=most)
+                         for x, s in zip((q_ids, kv_ids), signed, strict=True))  # fmt: skip
     return q_ids.astype(dtype), kv_ids.astype(dtype)
 
 

@@ -76,14 +76,15 @@ def negated(arrays: Arrays) -> Arrays:
 def signed(arrays: Arrays) -> Arrays:
     """Unsigned integers as int64: torch compares and subtracts few of the unsigned ones."""
     wide = {}
+    others = {"q_segment_ids": arrays.kv_segment_ids, "kv_segment_ids": arrays.q_segment_ids}
     for name in ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths"):
-        value = getattr(arrays, name)
+        value, other = getattr(arrays, name), others.get(name)
         if isinstance(value, torch.Tensor) and not value.dtype.is_signed:
             wide[name] = value.long()
-            if value.dtype == torch.uint64 and not name.endswith(
-                "ids"
-            ):  # what int64 does not hold lies beyond every key
-                wide[name] = torch.where(wide[name] < 0, FAR, wide[name])
+            if value.dtype == torch.uint64 and (other is None or other.dtype.is_signed):
+                # What int64 does not hold lies beyond every key, and is no signed id.
+                beyond = FAR if other is None else torch.iinfo(torch.int64).max
+                wide[name] = torch.where(wide[name] < 0, beyond, wide[name])
     if wide and arrays.kv_segment_ids is arrays.q_segment_ids:  # one tensor, which stays one
         wide["kv_segment_ids"] = wide.get("q_segment_ids", arrays.q_segment_ids)
     return arrays._replace(**wide) if wide else arrays

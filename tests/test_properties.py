@@ -315,3 +315,13 @@ def test_scale_belongs_to_the_product(framework: str, case: Case, rng: np.random
         # Half of a number that float16 only just holds may be rounded.
         factor, tiny = (2, dtypes.TINY[problem.dtypes["q"]]) if name == "q" else (1, 0)
         np.testing.assert_allclose(factor * found.gradients[name], gradient, rtol=0, atol=tiny, err_msg=name)
+
+
+@pytest.mark.parametrize("framework", BRIDGES)
+@pytest.mark.parametrize("bits", [32, 64])
+def test_an_unsigned_id_is_no_negative_one_of_the_same_bits(framework: str, bits: int) -> None:
+    x, negative = np.ones((1, 1, 1, 2), np.float32), np.array([[-1]], f"int{bits}")
+    for q_ids, kv_ids in itertools.product((negative, negative.view(f"uint{bits}")), repeat=2):
+        with jax.enable_x64(bits == 64):
+            out = BRIDGES[framework].call({"q": x, "k": x, "v": x, "q_segment_ids": q_ids, "kv_segment_ids": kv_ids})
+        assert (np.asarray(out) == (q_ids.dtype == kv_ids.dtype)).all()
