@@ -40,6 +40,28 @@ def _patch_lang_tensor(tensor: Any, scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_lang_tensor
+_patch_all, _patched = interpreter._patch_lang, set[str]()
+
+
+def _patch_lang(function: Any) -> Any:
+    """Triton's, which goes through all of the language again for each function that a kernel calls, which is half of
+    what a kernel takes; what one function of a module sees is patched for the others until the launch is over.
+    """
+    if function.__module__ in _patched:
+        return None
+    scope = _patch_all(function)
+    _patched.add(function.__module__)
+    restore = scope.restore
+
+    def restore_all() -> None:
+        restore()
+        _patched.clear()
+
+    scope.restore = restore_all
+    return scope
+
+
+interpreter._patch_lang = _patch_lang
 
 
 def run_cases(*names: str) -> dict[str, str]:
