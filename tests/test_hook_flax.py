@@ -16,6 +16,9 @@ from attend_jax import UnsupportedError, attend
 from attend_jax.convert import seed_from_key
 from attend_jax.hooks.flax import linen_attention_fn, nnx_attention_fn
 
+# Each program runs once.
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 # Both sides do the same float32 sums in another order. A dot of n terms is off by about sqrt(n) / 2 roundings of its
 # largest partial sum; projections, logits, values and output (n <= 24) follow each other, a gradient twice over, and
 # they add up like a random walk: measured, less than 4. 16 leaves a factor of four; a wrong key is off by 2**16 or

@@ -29,6 +29,9 @@ from attend_shared.port import verify
 from attend_shared.rules import carry
 from conftest import require
 
+# Each program runs once or a few times.
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 ENCODER = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
            "intermediate_size": 40, "max_position_embeddings": 40, "type_vocab_size": 3}  # fmt: skip
 DECODER = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
