@@ -244,8 +244,6 @@ def _data(s: _Setting) -> list[NDArray[np.float64]]:
     rng = s.rng("data")
     q, k, v = (rng.standard_normal(shape) for shape in shapes)
     match s.levels["data"]:
-        case "normal":
-            return [q, k, v]
         case "large":
             q, k = 5 * q, 5 * k
         case "negative":
@@ -254,7 +252,9 @@ def _data(s: _Setting) -> list[NDArray[np.float64]]:
             q, k, v = 1 + q / 16, 1 + k / 16, 1 + v / 16
         case "activations":
             q, k, v = (_activations(shape, part) for part, shape in enumerate(shapes))
-    # The logits are then what they would be at the default scale: a large scale on top would leave rounding only.
+    # The logits are what they would be at the default scale. A large scale on top would leave one key to a query, by
+    # which no scale is told from another, and of the gradients rounding only: a fused kernel's backward pass makes the
+    # logits again, by other products than forward on some processors.
     scale = _options(s).get("scale", 0.0)
     shrink = min(1.0, (s.d**0.5 * scale) ** -0.5) if scale > 0 else 1.0
     return [shrink * q, shrink * k, v]
