@@ -153,7 +153,7 @@ def test_the_doctor_knows_what_would_be_chosen(framework: str) -> None:
 def test_a_planted_fault_is_found_and_the_choice_avoids_just_that(
     avoiding: Callable[[dict[str, Any]], Path], tmp_path: Path
 ) -> None:
-    names = ("plain", "64 of 128 queries", "left padding, 64 of 128", "one key")
+    names = ("plain", "64 of 128 queries", "left padding, 64 of 128", "causal")
     found = examine(plant("wrong_at_64", "sdpa"), *names)
     assert [found[name].verdict for name in names] == ["safe", "wrong", "wrong", "safe"]
     wrong = found["64 of 128 queries"]
