@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from attend_shared import oracle, philox
+from attend_shared import avoid, oracle, philox
 from attend_torch import Attend, attend, explain, merge
+from attend_torch.implementations import sdpa as sdpa_module
 
 B, H, HK, N, D, DV = 2, 4, 2, 6, 8, 5
 CLOSE = {"rtol": 1e-5, "atol": 2e-6}  # the same float32 sums in another order, of values of size 1
@@ -420,11 +422,27 @@ def test_gradcheck_twice(feature: str) -> None:
 def test_others_raise_where_they_have_no_derivative() -> None:
     """sdpa on a CPU has a first derivative by reverse mode: what it lacks is torch's error, never a silent zero."""
     q, k, v = (x.double().requires_grad_() for x in qkv(dv=D))
+    sdpa = partial(attend, implementation="sdpa", scale=0.25)  # of a power of two it is torch's on every processor
     with pytest.raises(NotImplementedError):
-        jvp(lambda q: attend(q, k, v, implementation="sdpa"), (q,), (q,))
-    first = torch.autograd.grad(attend(q, k, v, implementation="sdpa").sin().sum(), q, create_graph=True)[0]
+        jvp(lambda q: sdpa(q, k, v), (q,), (q,))
+    first = torch.autograd.grad(sdpa(q, k, v).sin().sum(), q, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="not implemented"):
         torch.autograd.grad(first.sum(), q)
+
+
+@pytest.mark.parametrize("scales_factors", [False, True])
+@pytest.mark.parametrize(("scale", "gradient"), [(0.3, True), (0.3, False), (-0.5, True)])
+def test_gradients_are_of_the_logits_of_the_output(
+    monkeypatch: pytest.MonkeyPatch, scales_factors: bool, scale: float, gradient: bool
+) -> None:
+    """Where torch's kernel rounds a scale otherwise on the way back, which is data of the processor, ours is taken."""
+    avoid.CHOICES.clear()
+    monkeypatch.setattr(sdpa_module, "SCALES_FACTORS", scales_factors)
+    x = [x.detach().requires_grad_(gradient) for x in qkv(dv=D)]
+    out = attend(*x, implementation="sdpa", scale=scale)
+    assert ("Scaled" in type(out.grad_fn).__name__) == (gradient and not (scales_factors and scale == 0.3))
+    torch.testing.assert_close(out, einsum(*x, scale=scale))
+    avoid.CHOICES.clear()
 
 
 def test_merge_under_func() -> None:

@@ -8,9 +8,35 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from attend_shared.call import Arrays, Call
 from attend_torch.arrays import allowed, hide, hide_rows
+from attend_torch.implementations import blockwise
+
+FULL = ("float32", "float64")
+
+
+def _scales_factors() -> bool:
+    """Whether this processor's matrix products multiply a factor by alpha, and round it, ahead of the product.
+
+    torch's fused kernel on a CPU multiplies products by the scale on the way forward, and has it as alpha on the way
+    back, where it makes p = exp(s - lse) again: of logits that are rounded otherwise, p no longer has the sum 1, and
+    gradients miss the error budget. MKL does so on AMD's processors.
+    """
+    with _disable_current_modes(), torch.no_grad():
+        x = torch.arange(1.0, 257, dtype=torch.float32, device="cpu").sqrt().reshape(16, 16)
+        scaled = torch.addmm(torch.zeros_like(x), x, x.T, beta=0, alpha=1 / 3)
+        return not torch.equal(scaled, (x @ x.T) * (1 / 3))
+
+
+SCALES_FACTORS = _scales_factors()
+
+
+def _differs(call: Call) -> bool:
+    """Whether torch's gradients would be of other logits than its output."""
+    exact = abs(math.frexp(call.scale)[0]) in (0, 0.5)  # a power of two rounds nothing
+    return SCALES_FACTORS and call.platform == "cpu" and call.gradient and not exact and call.dtype in FULL
 
 
 def unavailable() -> str | None:
@@ -85,6 +111,8 @@ def _needs_mask(call: Call) -> bool:
 
 def attend(call: Call, arrays: Arrays) -> tuple[torch.Tensor, None]:
     """out (b h i dv); there is no lse."""
+    if _differs(call):
+        return blockwise.attend(call, arrays)[0], None
     mask = None
     if needs_mask := _needs_mask(call):
         arrays = hide(call, arrays)
@@ -103,7 +131,7 @@ def _grouped(call: Call) -> bool:
 
 def plain(call: Call) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """(q, k, v) -> out, all in the caller's layout, for calls of nothing else; None where they need a mask."""
-    if _needs_mask(call):
+    if _needs_mask(call) or _differs(call):
         return None
     said = {"is_causal": call.right == 0, "scale": call.scale, "enable_gqa": _grouped(call)}
     usual = {"is_causal": False, "scale": 1 / math.sqrt(call.d), "enable_gqa": False}
