@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attend_shared import meaning
-from attend_shared.call import FAR, Arrays, Call, Framework
+from attend_shared.call import FAR, Arrays, Call, Framework, dtype_of
 
 
 def _device(array: Any) -> Any:
@@ -21,12 +21,6 @@ def _device(array: Any) -> Any:
     return next(iter(devices)) if len(devices) == 1 else None
 
 
-def _dtype(array: Any) -> str:
-    """Of NumPy's other byte order as NumPy writes it, ">f4": JAX would read such an array as one of its own."""
-    dtype = array.dtype
-    return dtype.name if getattr(dtype, "isnative", True) else dtype.str
-
-
 def _platform(array: Any) -> str:
     return {"gpu": "cuda"}.get(platform := jax.default_backend(), platform)
 
@@ -34,7 +28,7 @@ def _platform(array: Any) -> str:
 FRAMEWORK = Framework(
     name="jax",
     arrays=(jax.Array, np.ndarray),
-    dtype=_dtype,
+    dtype=dtype_of,  # JAX would read an array of the other byte order as one of its own
     device=_device,
     platform=_platform,
     has_float64=lambda: bool(jax.config.read("jax_enable_x64")),

@@ -243,7 +243,7 @@ def _documents(ids: np.ndarray, h: int, hk: int, causal: bool) -> tuple[list[pla
     arrays = canonical(call, arrays)
     layout = plans.Layout(q.stride()[:3], k.stride()[:3], k.stride()[:3], one_id=True)
     plan, known = triton._prepare(call, arrays)
-    launches.run(launches.Kernels(x.launch for x in plan.forward[:2]), known)
+    launches.run(plan.forward[:2], known)
     order = plans._order(call, plans._Shared(call, layout, plans._ahead(call, layout)), True, True)
     launches.run(launches.Kernels(order), known)
     return list(order), known

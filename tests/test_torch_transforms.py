@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
-from attend_shared import avoid, oracle, philox
+from attend_shared import oracle, philox
 from attend_torch import Attend, attend, explain, merge
 from attend_torch.implementations import sdpa as sdpa_module
 
@@ -436,13 +436,11 @@ def test_gradients_are_of_the_logits_of_the_output(
     monkeypatch: pytest.MonkeyPatch, scales_factors: bool, scale: float, gradient: bool
 ) -> None:
     """Where torch's kernel rounds a scale otherwise on the way back, which is data of the processor, ours is taken."""
-    avoid.CHOICES.clear()
     monkeypatch.setattr(sdpa_module, "SCALES_FACTORS", scales_factors)
     x = [x.detach().requires_grad_(gradient) for x in qkv(dv=D)]
     out = attend(*x, implementation="sdpa", scale=scale)
     assert ("Scaled" in type(out.grad_fn).__name__) == (gradient and not (scales_factors and scale == 0.3))
     torch.testing.assert_close(out, einsum(*x, scale=scale))
-    avoid.CHOICES.clear()
 
 
 def test_merge_under_func() -> None:

@@ -178,6 +178,19 @@ class Arrays(NamedTuple):
     dropout_seed: Any = None
 
 
+def dtype_of(array: Any) -> str:
+    """The plain name of an array's dtype; of NumPy's other byte order as NumPy writes it, ">f4".
+
+    Example:
+        >>> dtype_of(np.zeros(2, np.float32)), dtype_of(np.zeros(2, ">f4"))
+        ('float32', '>f4')
+    """
+    dtype = array.dtype
+    if not getattr(dtype, "isnative", True):
+        return str(dtype.str)
+    return str(getattr(dtype, "name", dtype)).removeprefix("torch.")
+
+
 def describe(value: Any) -> str:
     """A value in words that do not depend on the framework: dtypes without prefix, shapes as tuples.
 
@@ -188,8 +201,7 @@ def describe(value: Any) -> str:
     if value is None:
         return "None"
     if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
-        name = getattr(value.dtype, "name", value.dtype) if getattr(value.dtype, "isnative", True) else value.dtype.str
-        return f"{str(name).removeprefix('torch.')} of shape {_shape(value)}"
+        return f"{dtype_of(value)} of shape {_shape(value)}"
     kind = type(value).__name__
     if isinstance(value, np.bool_):  # where Python's alone will do
         return f"numpy bool {value.item()!r}"
