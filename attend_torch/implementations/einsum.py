@@ -49,7 +49,7 @@ def compute(call: Call, arrays: Arrays, first: int = 0, first_key: int = 0) -> t
         s, may = custom(call, s, may, first, first_key)
     if may is not None:
         s = torch.where(may, s, -torch.inf)
-    p, lse = _softmax(call, s, arrays.sinks)
+    p, lse = _softmax(s, arrays.sinks)
     if call.dropout:
         keep = philox.keep_mask(arrays.dropout_seed, call.b, call.h, call.i, call.j, call.dropout, first)
         p = torch.where(keep, p, 0) / (1 - call.dropout)
@@ -59,18 +59,16 @@ def compute(call: Call, arrays: Arrays, first: int = 0, first_key: int = 0) -> t
     return out, lse
 
 
-def _softmax(call: Call, s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(s - lse) and lse of logits (b h i j), an empty row giving zeros and -inf (or its sink)."""
-    top = s.detach().amax(-1) if call.j else s.new_full(s.shape[:-1], -torch.inf)
-    sink = None
+def _softmax(s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """exp(s - lse) and lse of logits (b h i j), an empty row giving zeros and -inf (or its sink).
+
+    By PyTorch's own softmax: on the way back it rounds less than exp, sum and division do one after the other.
+    """
+    keys = s.shape[-1]
     if sinks is not None:
-        sink = sinks.to(s.dtype)[:, None]  # (h, 1) against (b, h, i)
-        top = torch.maximum(top, sink.detach())
-    top = torch.where(top == -torch.inf, 0, top)  # a shift, so any constant serves; -inf - -inf would be NaN
-    weights = torch.exp(s - top[..., None])
-    total = weights.sum(-1)
-    if sink is not None:
-        total = total + torch.exp(sink - top)
-    empty = total == 0
-    total = torch.where(empty, 1, total)
-    return weights / total[..., None], torch.where(empty, -torch.inf, torch.log(total) + top)
+        s = torch.cat((s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)), -1)
+    top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
+    empty = top == -torch.inf
+    s = s.masked_fill(empty, 0)  # -inf - -inf would be NaN, here and on the way back
+    p = (torch.softmax(s, -1) * ~empty)[..., :keys]
+    return p, torch.where(empty, -torch.inf, torch.logsumexp(s, -1, keepdim=True)).squeeze(-1)
