@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from attend_shared.kernels.plan import Blocks, Launch
+from attend_shared.kernels.launch import Blocks, Launch
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int32": "i32", "int64": "i64"}
 CUDA_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9}  # CUtensorMapDataType

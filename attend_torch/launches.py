@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from attend_shared.kernels import plan as plans
-from attend_shared.kernels.plan import Blocks, Launch
+from attend_shared.kernels.launch import Blocks, Launch
+from attend_shared.kernels.sizes import INTERPRETED
 from attend_torch.tape import current_device, empty_on, picks
 
 Tensor = torch.Tensor
@@ -89,7 +89,7 @@ class Kernels(tuple[_Kernel, ...]):
 
 def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
     """Run them in order, their outputs put among the arrays, all of which are on one device."""
-    if plans.INTERPRETED:
+    if INTERPRETED:
         for kernel in kernels:
             kernel(arrays)
         return
@@ -263,7 +263,7 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(strides[::-1])
 
 
-_empty = empty_on("cpu" if plans.INTERPRETED else "cuda")
+_empty = empty_on("cpu" if INTERPRETED else "cuda")
 
 # What Triton's C launcher takes before a kernel's own arguments: grid (3), stream, function, whether the launch is
 # cooperative, whether it is dependent, two places of scratch memory, metadata, what hooks are told, two hooks.

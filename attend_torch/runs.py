@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from attend_shared import runs
 from attend_shared.call import Arrays, Call
-from attend_shared.kernels.plan import Launch
+from attend_shared.kernels.launch import Launch
 from attend_torch import launches
 from attend_torch.arrays import is_traced, is_watched
 from attend_torch.implementations import triton

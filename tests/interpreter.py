@@ -24,8 +24,10 @@ from triton.runtime import interpreter
 from attend_shared import cases, compare
 from attend_shared.call import Arrays, canonical, check
 from attend_shared.dtypes import round_to
+from attend_shared.kernels import gluon_plan, sizes, tiles
 from attend_shared.kernels import plan as plans
-from attend_shared.kernels import tiles
+from attend_shared.kernels.arguments import Shared, ahead_of
+from attend_shared.kernels.launch import Launch, Layout
 from attend_shared.problems import Problem
 from attend_torch import attend, bridge, launches
 from attend_torch.arrays import FRAMEWORK
@@ -126,7 +128,7 @@ def visits() -> dict[str, list[int]]:
 
     launches.run = run_each
     x = torch.zeros(1, 1, 256, 16, requires_grad=True)
-    plans.SMALL_TILES = (plans.SMALL_TILES[1],) * 2
+    sizes.SMALL_TILES = (sizes.SMALL_TILES[1],) * 2
     for name, options in calls.items():
         found[name] = []
         attend(x, x, x, **options, implementation="triton").sum().backward()
@@ -170,7 +172,7 @@ def whole() -> dict[str, list[float] | str]:
             arrays |= kept
 
     launches.run = run_each
-    plans.SMALL_TILES = (plans.SMALL_TILES[1],) * 2
+    sizes.SMALL_TILES = (sizes.SMALL_TILES[1],) * 2
     found: dict[str, list[float] | str] = {}
     for name, options in calls.items():
         inputs = [draw(1, 1, 256, 16, seed=seed).requires_grad_() for seed in range(3)]
@@ -235,16 +237,16 @@ def packed() -> dict[str, list[str]]:
     return found
 
 
-def _documents(ids: np.ndarray, h: int, hk: int, causal: bool) -> tuple[list[plans.Launch], dict[str, torch.Tensor]]:
+def _documents(ids: np.ndarray, h: int, hk: int, causal: bool) -> tuple[list[Launch], dict[str, torch.Tensor]]:
     """What finds runs and orders tiles of such segments, which ran, and the arrays."""
     q, k = (torch.zeros(len(ids), heads, ids.shape[1], 128, dtype=torch.float16) for heads in (h, hk))
     arrays = Arrays(q, k, k, q_segment_ids=torch.from_numpy(ids))
     call = check(FRAMEWORK, arrays, causal, None, None, None, 0.0, False, "bhnd", None)
     arrays = canonical(call, arrays)
-    layout = plans.Layout(q.stride()[:3], k.stride()[:3], k.stride()[:3], one_id=True)
+    layout = Layout(q.stride()[:3], k.stride()[:3], k.stride()[:3], one_id=True)
     plan, known = triton._prepare(call, arrays)
     launches.run(plan.forward[:2], known)
-    order = plans._order(call, plans._Shared(call, layout, plans._ahead(call, layout)), True, True)
+    order = gluon_plan.order(call, Shared(call, layout, ahead_of(call, layout)), True, True)
     launches.run(launches.Kernels(order), known)
     return list(order), known
 
@@ -261,7 +263,7 @@ def ordered() -> dict[str, list[str]]:
         _, known = _documents(ids, heads["queries"], heads["keys"], causal)
         for side, h in heads.items():
             order = known["query_order" if side == "queries" else "key_order"].numpy()
-            programs, together = plans._rounds(h, tiles)
+            programs, together = gluon_plan._rounds(h, tiles)
             starts, ends = (np.stack([np.searchsorted(x, x, each) for x in ids]) for each in ("left", "right"))
             if causal:
                 starts, ends = (starts, place + 1 + 0 * ends) if side == "queries" else (place + 0 * starts, ends)
@@ -298,7 +300,7 @@ def spans() -> dict[str, list[str]]:
         "extreme": ([np.where(place < 128, far, -far - 1)], True), "at a part's end": ([place // 128], True),
         "beyond parts": ([(place > 127).astype(int) + (place > 640)], True),
     }  # fmt: skip
-    plans.RUN_MANY = 64  # in more than one turn
+    gluon_plan.RUN_MANY = 64  # in more than one turn
     found: dict[str, list[str]] = {}
     for name, (rows, expected) in patterns.items():
         ids = np.stack(rows).astype(np.int64)
@@ -461,7 +463,7 @@ def drawn() -> dict[str, str]:
             return out.detach(), lse.detach().clamp(min=-99), *gradients
 
         results = []
-        for takes, filled in ((2.0, 0), (1.0, -1), (plans.HELD, -1)):  # of the memory of the inputs
+        for takes, filled in ((2.0, 0), (1.0, -1), (sizes.HELD, -1)):  # of the memory of the inputs
             plans.plan.cache_clear()
             triton._plan.cache_clear()
             plans.draws_once = lambda _, share=1.0, takes=takes: takes <= share

@@ -32,8 +32,9 @@ from attend_jax.implementations import triton as jax_triton
 from attend_shared import cases
 from attend_shared.call import Arrays, Call, canonical, check
 from attend_shared.cases import Case
-from attend_shared.kernels import of_sinks
+from attend_shared.kernels import gluon_plan, of_sinks, sizes
 from attend_shared.kernels import plan as plans
+from attend_shared.kernels.launch import Launch, Layout
 from attend_torch import launches
 from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import blockwise as torch_blockwise
@@ -220,7 +221,7 @@ def test_where_it_cannot_run_it_says_why() -> None:
 
 
 def compile_for_hopper(
-    launch: plans.Launch, dtypes: dict[str, str], capability: int = 90, told: bool = False
+    launch: Launch, dtypes: dict[str, str], capability: int = 90, told: bool = False
 ) -> Any:  # fmt: skip
     """What the GPU would run. told: whether the compiler is told which numbers are multiples of 16."""
     import triton as language
@@ -270,7 +271,7 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
     x = (call.h * 96 * call.d, 96 * call.d, call.d)
     pairs = {name: tuple(np.cumprod((*shape[:0:-1], 1)[::-1]).tolist()) if shape else None
              for name, shape in (("mask", call.mask), ("bias", call.bias))}  # fmt: skip
-    plan = plans.plan(call, plans.Layout(x, x, x, **pairs, one_id=True))
+    plan = plans.plan(call, Layout(x, x, x, **pairs, one_id=True))
     launches = (*plan.forward, *plan.backward(x, call.bias is not None, True, False))
     dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype) | {"mask": "bool", "dlse": "float32"}
     dtypes |= {"bias": "float32", "sinks": "float32", "dropout_seed": "int64"}
@@ -288,7 +289,7 @@ def test_every_kernel_compiles_for_a_gpu(options: dict[str, Any]) -> None:
             assert foreign_addresses(disassembled(compiled.asm["cubin"])) == []
 
 
-def given_by_triton(launch: plans.Launch, backend: Any) -> list[tuple]:
+def given_by_triton(launch: Launch, backend: Any) -> list[tuple]:
     """What Triton's launcher has the compiler know of each argument: its type or "constexpr", and what else."""
     from triton.runtime.jit import create_function_from_signature
 
@@ -300,7 +301,7 @@ def given_by_triton(launch: plans.Launch, backend: Any) -> list[tuple]:
     return [(kind, None if what == "" else what) for kind, what in known]
 
 
-def given_by_jax(launch: plans.Launch, backend: Any) -> list[tuple]:
+def given_by_jax(launch: Launch, backend: Any) -> list[tuple]:
     """The same of jax-triton 0.3.1: arrays are aligned, numbers are what they are, and what is 1 is fixed. And of what
     launches kernels in Gluon.
     """
@@ -345,7 +346,7 @@ def test_both_frameworks_have_the_same_compiled(options: dict[str, Any]) -> None
     pairs = {name: tuple(np.cumprod((*shape[:0:-1], 1)[::-1]).tolist()) if shape else None
              for name, shape in (("mask", call.mask), ("bias", call.bias))}  # fmt: skip
     q, k = ((heads * n * call.d, n * call.d, call.d) for n, heads in ((call.i, call.h), (call.j, call.hk)))
-    plan = plans.plan(call, plans.Layout(q, k, k, **pairs, gluon=True))
+    plan = plans.plan(call, Layout(q, k, k, **pairs, gluon=True))
     for launch in (*plan.forward, *plan.backward(q, call.bias is not None, True, False)):
         assert given_by_triton(launch, backend) == given_by_jax(launch, backend)
 
@@ -354,7 +355,7 @@ def test_kernels_know_which_lengths_are_multiples_whoever_launches_them() -> Non
     q = torch.empty(2, 4, 2048, 64, dtype=torch.bfloat16, device="meta")
     call = call_of(q=q, k=q, v=q, q_segment_ids=torch.empty(2, 2048, dtype=torch.int32, device="meta"))
     strides = q.stride()[:3]
-    launches = plans.plan(call, plans.Layout(strides, strides, strides)).backward(strides, False, False, False)
+    launches = plans.plan(call, Layout(strides, strides, strides)).backward(strides, False, False, False)
     launch = next(each for each in launches if each.kernel == "query_gradients")
     dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype) | {"known": "float32"}
     dtypes |= dict.fromkeys(("q_segment_ids", "kv_segment_ids", "bounds", "alive", "listed", "before"), "int32")
@@ -373,7 +374,7 @@ def test_what_makes_rows_anew_compiles_for_a_gpu() -> None:
     made["mask"] = torch.empty(2, 1, 96, 96, dtype=torch.bool, device="meta")
     call = call_of(**made, dropout=0.1, dropout_seed=1, softcap=30.0, window_size=(5, 3))
     q, v = (4 * 96 * 40, 96 * 40, 40), (4 * 96 * 72, 96 * 72, 72)
-    layout = plans.Layout(q, q, v, (9216, 0, 96, 1), (0, 9216, 96, 1), offset=2, one_id=True)
+    layout = Layout(q, q, v, (9216, 0, 96, 1), (0, 9216, 96, 1), offset=2, one_id=True)
     backward = plans.plan(call, layout).backward(v, True, True, False)
     launch = next(each for each in backward if each.kernel == "sum_rows")
     dtypes = dict.fromkeys(("dout", *shapes), "bfloat16") | {"mask": "bool", "dropout_seed": "int64"}
@@ -397,7 +398,7 @@ def test_rows_are_weighed_where_out_is_rounded_and_kept_so(options: dict[str, An
     half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
     given = {n: torch.empty(2, 4, 96, 64, **half) for n in "qkv"} | {"sinks": torch.empty(4, **half)}
     x = (4 * 96 * 64, 96 * 64, 64)
-    layout = plans.Layout(x, x, x, bias=(0, 0, 0, 1) if "bias" in options else None)
+    layout = Layout(x, x, x, bias=(0, 0, 0, 1) if "bias" in options else None)
     plan = plans.plan(call_of(**given | options), layout)
     kernels = [each.kernel for each in plan.backward(x, False, True, False)]
     assert kernels[: 2 + weighed] == ["row_sums", *["sum_rows"] * weighed, "sum_sinks"]
@@ -407,7 +408,7 @@ def test_rows_of_128_are_read_at_few_addresses() -> None:
     """Not at one for each row that a thread reads, which would be 64."""
     call = call_of(**LONG, kv_lengths=torch.empty(2, dtype=torch.int64, device="meta"))
     x = (4 * 2048 * 128, 2048 * 128, 128)
-    (launch,) = plans.plan(call, plans.Layout(x, x, x)).forward
+    (launch,) = plans.plan(call, Layout(x, x, x)).forward
     dtypes = dict.fromkeys(("q", "k", "v"), call.dtype) | {"kv_lengths": "int64"}
     code = disassembled(compile_for_hopper(launch, dtypes).asm["cubin"])
     assert len(set(re.findall(r"LDGSTS\S* \[.+?\], (?:desc\S+\[)?\[?(R\d+)", code))) < 32
@@ -464,7 +465,7 @@ def test_dropout_is_drawn_once_where_that_takes_no_more_memory_than_the_inputs(
     q, k = (torch.empty(b, heads, n, d, dtype=torch.bfloat16, device="meta") for heads, n in ((h, i), (hk, j)))
     call = call_of(q=q, k=k, v=k, dropout=dropout, **({"dropout_seed": 1} if dropout else {}))
     assert (plans.draws_once(call), plans.keeps_drawn(call)) == (drawn != "", drawn == "forward")
-    plan = plans.plan(call, plans.Layout(q.stride()[:3], k.stride()[:3], k.stride()[:3]))
+    plan = plans.plan(call, Layout(q.stride()[:3], k.stride()[:3], k.stride()[:3]))
     ways = {"forward": plan.forward, "back": plan.backward(q.stride()[:3], False, False, False)}
     made = {way: each.outputs[0] for way, launches in ways.items() for each in launches if each.kernel == "draw"}
     assert [*made] == [drawn] * bool(drawn)
@@ -473,7 +474,7 @@ def test_dropout_is_drawn_once_where_that_takes_no_more_memory_than_the_inputs(
     assert forward == alone  # on which the order of sums hangs
     if drawn:
         inputs = 2 * 2 * (q.numel() + k.numel())
-        assert 4 * int(np.prod(made[drawn].shape)) <= inputs * (plans.HELD if drawn == "forward" else 1)
+        assert 4 * int(np.prod(made[drawn].shape)) <= inputs * (sizes.HELD if drawn == "forward" else 1)
 
 
 def test_what_reads_drawn_bits_compiles_for_a_gpu() -> None:
@@ -482,7 +483,7 @@ def test_what_reads_drawn_bits_compiles_for_a_gpu() -> None:
     given = {"q": q, "k": q, "v": q, "kv_lengths": lengths, "q_lengths": lengths, "dropout_seed": 1}
     call = call_of(**given, dropout=0.1, window_size=(500, 9))
     strides = q.stride()[:3]
-    plan = plans.plan(call, plans.Layout(strides, strides, strides))
+    plan = plans.plan(call, Layout(strides, strides, strides))
     sums, *backward = plan.backward(strides, False, False, False)
     dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype) | dict.fromkeys(("q_lengths", "kv_lengths"), "int64")
     dtypes |= {"known": "float32", "drawn": "int32", "dropout_seed": "int64"}
@@ -500,7 +501,7 @@ def test_where_shared_memory_is_little_blocks_are_smaller(d: int) -> None:
     """99 KB a program, as compute capability 8.6, 8.9 and 12.0 have."""
     call = call_of(**{name: torch.empty(2, 4, 96, d, dtype=torch.bfloat16, device="meta") for name in "qkv"})
     x = (4 * 96 * d, 96 * d, d)
-    plan = plans.plan(call, plans.Layout(x, x, x, capability="8.6"))
+    plan = plans.plan(call, Layout(x, x, x, capability="8.6"))
     dtypes = dict.fromkeys(("q", "k", "v", "dout"), call.dtype)
     for launch in (*plan.forward, *plan.backward(x, False, False, False)):
         dtypes |= {output.name: output.dtype for output in launch.outputs}
@@ -511,12 +512,12 @@ def test_where_shared_memory_is_little_blocks_are_smaller(d: int) -> None:
 def test_float32_is_multiplied_in_full_where_sums_of_shorter_products_were_not_tried() -> None:
     call = call_of(**{name: torch.empty(2, 4, 96, 64, device="meta") for name in "qkv"})
     x = (4 * 96 * 64, 96 * 64, 64)
-    assert [plans.in_full(call, each) for each in ("8.0", "9.0", "10.0", "")] == [True, False, True, True]
+    assert [sizes.in_full(call, each) for each in ("8.0", "9.0", "10.0", "")] == [True, False, True, True]
     others = {"dv": 128}, {"dv": 129}, {"i": 16}, {"i": 17}, {"dropout": 0.1}
     full = [False, True, True, False, True]
-    assert [plans.in_full(call._replace(**each), "9.0") for each in others] == full
+    assert [sizes.in_full(call._replace(**each), "9.0") for each in others] == full
     dtypes = dict.fromkeys(("q", "k", "v"), call.dtype)
-    plan = plans.plan(call, plans.Layout(x, x, x, capability="8.6"))
+    plan = plans.plan(call, Layout(x, x, x, capability="8.6"))
     dtypes |= {output.name: output.dtype for output in plan.forward[-1].outputs}
     compiled = compile_for_hopper(plan.forward[-1], dtypes, 86)
     assert "mma." not in compiled.asm["ptx"]
@@ -577,7 +578,7 @@ def test_what_the_kernel_of_compute_capability_9_takes(options: dict[str, Any], 
     call = call_of(**LONG | options)
     x = (call.h * call.i * call.d, call.i * call.d, call.d)
     at = options.get("q_offset", 0)
-    for layout, name in ((plans.Layout(x, x, x, at=at, gluon=True), kernel), (plans.Layout(x, x, x, at=at), "forward")):
+    for layout, name in ((Layout(x, x, x, at=at, gluon=True), kernel), (Layout(x, x, x, at=at), "forward")):
         names = [each.kernel for each in plans.plan(call, layout).forward]
         assert [each for each in names if each in ("forward", "plain", "narrow")] == [name]
 
@@ -597,8 +598,8 @@ def test_where_the_kernel_of_compute_capability_9_runs(
             raise PackageNotFoundError(name)
         return release
 
-    monkeypatch.setattr(plans, "version", version)
-    assert plans.runs_gluon.__wrapped__(capability) == runs
+    monkeypatch.setattr(gluon_plan, "version", version)
+    assert gluon_plan.runs_gluon.__wrapped__(capability) == runs
 
 
 def test_where_an_array_lies_does_not_decide_which_kernel_it_gets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -637,10 +638,10 @@ def test_a_compiled_call_gets_the_same_kernel(at: int, kernel: str, monkeypatch:
         assert plan.forward[-1].launch.kernel == kernel
 
 
-def plain_launch(**options: Any) -> tuple[Call, plans.Launch]:
+def plain_launch(**options: Any) -> tuple[Call, Launch]:
     call = call_of(**LONG | options)
     x = (4 * 2048 * 128, 2048 * 128, 128)
-    return call, plans.plan(call, plans.Layout(x, x, x, gluon=True)).forward[-1]
+    return call, plans.plan(call, Layout(x, x, x, gluon=True)).forward[-1]
 
 
 @pytest.mark.parametrize(
@@ -650,7 +651,7 @@ def test_the_kernel_of_compute_capability_9_compiles_in_jax(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two groups of warps that compute, and one that loads, which jaxlib is told of."""
-    monkeypatch.setattr(plans, "PERSISTENT", 32)
+    monkeypatch.setattr(gluon_plan, "PERSISTENT", 32)
     plans.plan.cache_clear()
     call, launch = plain_launch(**options)
     plans.plan.cache_clear()
@@ -673,7 +674,7 @@ def test_the_kernel_of_rows_of_64_compiles_in_jax(sinks: torch.dtype | None) -> 
     given = {} if sinks is None else {"sinks": torch.empty(4, dtype=sinks, device="meta")}
     call = call_of(**ROWS64 | given)
     x = (4 * 2048 * 64, 2048 * 64, 64)
-    launch = plans.plan(call, plans.Layout(x, x, x, gluon=True)).forward[-1]
+    launch = plans.plan(call, Layout(x, x, x, gluon=True)).forward[-1]
     dtypes = [call.dtype] * 3 + ["float32" if sinks else call.dtype]
     made = gluon.compiled(launch, dtypes + [output.dtype for output in launch.outputs])
     assert made.warps == 16
@@ -689,7 +690,7 @@ def test_the_kernel_of_rows_of_64_compiles_in_jax(sinks: torch.dtype | None) -> 
 def test_one_kernel_of_rows_of_64_serves_full_and_causal_calls(causal: bool, high: int) -> None:
     call = call_of(**ROWS64, is_causal=causal)
     x = (4 * 2048 * 64, 2048 * 64, 64)
-    launch = plans.plan(call, plans.Layout(x, x, x, gluon=True)).forward[-1]
+    launch = plans.plan(call, Layout(x, x, x, gluon=True)).forward[-1]
     assert launch.numbers[-2] == high
     assert launch.grid == (88, 1, 1)  # tiles: fewer than multiprocessors
     assert launch.blocks["q"].block == (1, 1, 64, 64)
@@ -701,15 +702,15 @@ def test_one_kernel_of_rows_of_64_serves_full_and_causal_calls(causal: bool, hig
     ids=["many heads", "short rows", "long rows", "full", "very many"],
 )
 def test_shares_of_programs_are_alike(heads: int, length: int, high: int, together: int) -> None:
-    blocks = -(-length // plans.NARROW.queries)
-    assert plans._neighbours(heads, blocks, length, high) == together
+    blocks = -(-length // gluon_plan.NARROW.queries)
+    assert gluon_plan._neighbours(heads, blocks, length, high) == together
 
 
-def keys_launches(one_id: bool = True, **options: Any) -> tuple[Call, list[plans.Launch]]:
+def keys_launches(one_id: bool = True, **options: Any) -> tuple[Call, list[Launch]]:
     """A call, and what makes its dk and dv."""
     call = call_of(**MANY | options)
     x, at = (call.h * call.i * call.d, call.i * call.d, call.d), options.get("q_offset", 0)
-    plan = plans.plan(call, plans.Layout(x, x, x, at=at, one_id=one_id, gluon=True))
+    plan = plans.plan(call, Layout(x, x, x, at=at, one_id=one_id, gluon=True))
     found = plan.backward(x, False, False, False)
     launches = [each for each in found if each.kernel.endswith("key_gradients")]
     of_segments = [len(launches) == 2] if call.segments else []
@@ -772,7 +773,7 @@ def test_which_keys_have_a_kernel_of_compute_capability_9(options: dict[str, Any
     call, launches = keys_launches(**options)
     assert [each.kernel for each in launches] == ["long_key_gradients" if taken else "key_gradients"]
     x = (call.h * call.i * call.d, call.i * call.d, call.d)
-    elsewhere = plans.plan(call, plans.Layout(x, x, x, at=options.get("q_offset", 0))).backward(x, False, False, False)
+    elsewhere = plans.plan(call, Layout(x, x, x, at=options.get("q_offset", 0))).backward(x, False, False, False)
     assert "key_gradients" in [each.kernel for each in elsewhere]
 
 
@@ -811,7 +812,7 @@ def test_dk_and_dv_of_segments_have_two_kernels_one_of_which_makes_them(
         second = launches[1]
         assert second.outputs == first.outputs
         assert second.in_place == {second.inputs.index("dk"): 0, second.inputs.index("dv"): 1}
-        assert 120 <= second.grid[0] <= plans.PERSISTENT
+        assert 120 <= second.grid[0] <= gluon_plan.PERSISTENT
         assert hk * -(-n // 128) % second.grid[0] == 0
 
 
@@ -845,13 +846,13 @@ def test_the_kernel_of_keys_compiles_in_jax(options: Any, tmp_path: Path) -> Non
 @pytest.mark.parametrize("costs", [[66 - 2 * n for n in range(32)], [18 - 2 * n for n in range(8)], [66] * 32])
 @pytest.mark.parametrize("heads", [16, 64])
 def test_programs_have_shares_of_keys_that_are_alike(heads: int, costs: list[int]) -> None:
-    programs, together = plans._shares(heads, costs)
+    programs, together = gluon_plan._shares(heads, costs)
     order = [cost for first in range(0, heads, together) for cost in costs for _ in range(min(together, heads - first))]
     turns = [order[n : n + programs] for n in range(0, len(order), programs)]
     share = [sum(t[n] if k % 2 == 0 else t[programs - 1 - n] for k, t in enumerate(turns)
                  if (n if k % 2 == 0 else programs - 1 - n) < len(t)) for n in range(programs)]  # fmt: skip
     assert sum(share) == heads * sum(costs)
-    assert max(share) <= 1.05 * max(sum(share) / plans.PERSISTENT, max(costs))
+    assert max(share) <= 1.05 * max(sum(share) / gluon_plan.PERSISTENT, max(costs))
 
 
 def test_a_gradient_that_arrives_where_no_descriptor_reaches_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1140,12 +1141,12 @@ DOCUMENTS = {name: torch.empty(1, 16, 4096, 128, dtype=torch.bfloat16, device="m
     "q_segment_ids": torch.empty(1, 4096, dtype=torch.int64, device="meta")}  # fmt: skip
 
 
-def dq_of(at: int = 0, **options: Any) -> tuple[Call, plans.Launch]:
+def dq_of(at: int = 0, **options: Any) -> tuple[Call, Launch]:
     """A call, and what makes its dq."""
     call = call_of(**options)
     x = (call.h * call.i * call.d, call.i * call.d, call.d)
     of_k = (call.hk * call.j * call.d, call.j * call.d, call.d)
-    layout = plans.Layout(x, of_k, of_k, at=at, one_id=True, gluon=True)
+    layout = Layout(x, of_k, of_k, at=at, one_id=True, gluon=True)
     found = plans.plan(call, layout).backward(x, True, True, False)
     (launch,) = (each for each in found if "dq" in (output.name for output in each.outputs))
     assert ("order_tiles" in [each.kernel for each in found]) == ("query_order" in launch.inputs)

@@ -26,7 +26,9 @@ from attend_jax.implementations.blockwise import Floats
 from attend_jax.machine import capability
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
-from attend_shared.kernels.plan import SAVED, Launch, Layout, Plan
+from attend_shared.kernels.gluon_plan import runs_gluon
+from attend_shared.kernels.launch import Launch, Layout
+from attend_shared.kernels.plan import BOUNDS, SAVED, Plan
 
 Array = jax.Array
 
@@ -164,7 +166,7 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[Plan, dict[str, Array]]:
     one_id = arrays.kv_segment_ids is None
     q, k, v = (_strides(x, bnhd) for x in arrays[:3])
     layout = Layout(q, k, v, _pair_strides(arrays.mask), _pair_strides(arrays.bias), offset, 0, one_id,
-                    capability(), plans.runs_gluon(capability()) and gluon.available())  # fmt: skip
+                    capability(), runs_gluon(capability()) and gluon.available())  # fmt: skip
     if one_id:
         arrays = arrays._replace(kv_segment_ids=arrays.q_segment_ids)
     known = {name: x for name, x in arrays._asdict().items() if x is not None}
@@ -215,8 +217,8 @@ def _forward(call: Call, arrays: Arrays, alone: bool = False) -> tuple[Array | N
     """out (b h i dv), and the others of `SAVED`, None those that the way back does not take. alone: as in `Plan`."""
     plan, known = _prepare(call, arrays)
     run(plan.alone if alone else plan.forward, known)
-    bounds = (known[name] if name in plan.bounds else None for name in plans.BOUNDS)
-    return _turned(call, known["out"]), *map(known.get, SAVED[1 : -len(plans.BOUNDS)]), *bounds
+    bounds = (known[name] if name in plan.bounds else None for name in BOUNDS)
+    return _turned(call, known["out"]), *map(known.get, SAVED[1 : -len(BOUNDS)]), *bounds
 
 
 def _gradients(

@@ -16,7 +16,10 @@ import torch
 from attend_shared import meaning
 from attend_shared.call import Arrays, Call, canonical
 from attend_shared.kernels import plan as plans
-from attend_shared.kernels.plan import BOUNDS, SAVED, Layout
+from attend_shared.kernels.gluon_plan import runs_gluon
+from attend_shared.kernels.launch import Layout
+from attend_shared.kernels.plan import BOUNDS, SAVED
+from attend_shared.kernels.sizes import INTERPRETED, padded_rows
 from attend_torch import launches
 from attend_torch.arrays import is_traced, is_watched, needs_gradients
 from attend_torch.implementations import blockwise, einsum, rowwise
@@ -45,7 +48,7 @@ def missing() -> str | None:
 def _unavailable() -> str | None:
     if without := missing():
         return without
-    if plans.INTERPRETED:
+    if INTERPRETED:
         return None
     if not torch.cuda.is_available():
         return "it needs an NVIDIA GPU"
@@ -56,7 +59,7 @@ def _unavailable() -> str | None:
 
 def refusal(call: Call) -> str | None:
     """Why Triton's kernels cannot serve this call, or None."""
-    if call.platform != ("cpu" if plans.INTERPRETED else "cuda"):
+    if call.platform != ("cpu" if INTERPRETED else "cuda"):
         return "it runs on an NVIDIA GPU"
     return plans.refusal(call)
 
@@ -82,7 +85,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
 
 def plain(call: Call) -> Callable[[Tensor, Tensor, Tensor], Any] | None:
     """(q, k, v) -> what `attend` of the library returns, for calls of nothing else, or None."""
-    if call.is_empty or plans.INTERPRETED:
+    if call.is_empty or INTERPRETED:
         return None
     if call.gradient:
         recorded = _recorded(call, partial(canonical, call))
@@ -107,7 +110,7 @@ def short(call: Call, canonical: Callable[[Arrays], Arrays]) -> Callable[[Arrays
         call: any.
         canonical: what gives arrays their one form.
     """
-    if call.is_empty or plans.INTERPRETED:
+    if call.is_empty or INTERPRETED:
         return None
     if call.gradient:
         return _recorded(call, canonical)
@@ -322,7 +325,7 @@ def _plan(
     call: Call, q: tuple, k: tuple, v: tuple, mask: tuple | None, bias: tuple | None, offset: int, at: int, one_id: bool
 ) -> _Plan:
     """For arrays of these strides; the others as in `Layout`."""
-    gluon = plans.runs_gluon(capability())
+    gluon = runs_gluon(capability())
     return _Plan(call, Layout(q[:3], k[:3], v[:3], mask, bias, offset, at, one_id, capability(), gluon))
 
 
@@ -427,7 +430,7 @@ def _operator_fake(*inputs: Any) -> tuple[Tensor, ...]:
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     finer = q.dtype != torch.float32 and any(x is not None and x.dtype != q.dtype for x in (data.bias, data.sinks))
     b, h, i = q.shape[:3]
-    rows = plans.padded_rows(i)
+    rows = padded_rows(i)
     plain = data.bias is None and data.sinks is None
     shapes = (b, h, i), (b, h, rows), (0,) if plain else (b, h, rows), out.shape if finer else (0,)
     saved = [q.new_empty(shape, dtype=torch.float32) for shape in (*shapes, (0,))]

@@ -16,19 +16,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from attend_shared.kernels import plan
+from attend_shared.kernels import launch
 from attend_shared.kernels.attention import with_sink
+from attend_shared.kernels.gluon_plan import NARROW
 from attend_shared.kernels.groups import ROWS, fetch, in_words, operand, tile_of, tiles_of
 
 LN2 = gl.constexpr(0.6931471805599453)
-LOG2E = gl.constexpr(plan.LOG2E)
+LOG2E = gl.constexpr(launch.LOG2E)
 LEAST = gl.constexpr(-3.4028234663852886e38)
 NOTHING = gl.constexpr(float("-inf"))
 GROUPS = gl.constexpr(3)
 D = gl.constexpr(64)
-BN = gl.constexpr(plan.NARROW.keys)
-STAGES = gl.constexpr(plan.NARROW.stages)
-LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, plan.NARROW.keys, 16]))
+BN = gl.constexpr(NARROW.keys)
+STAGES = gl.constexpr(NARROW.stages)
+LOGITS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NARROW.keys, 16]))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 
 

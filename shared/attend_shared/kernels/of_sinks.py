@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from attend_shared.kernels.plan import MANY, PADDED, ROWS, Launch, Output, Strides, _cdiv, _far, _padded
+from attend_shared.kernels.launch import Launch, Output, Strides, cdiv, far, padded
+from attend_shared.kernels.sizes import MANY, PADDED, ROWS
 
 LANES = 8192  # numbers of a tile of keys
 WEIGHED = "term", "weight", "largest", "squares"
@@ -27,7 +28,7 @@ def sum_rows(
 ) -> Launch:  # fmt: skip
     """The launch of this kernel: what a call has not got may be left out. blocks: the shape of "partial"."""
     b, h, count = blocks
-    d, dv = _padded(constants["D"]), _padded(constants["DV"])
+    d, dv = padded(constants["D"]), padded(constants["DV"])
     names = ("q", "k", "v", "mask", "bias", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "q_offset",
              "dropout_seed", "starts")  # fmt: skip
     given = (*(inputs.get(name) for name in names), "dout", "lse", inputs.get("dlse"), "sinks", *WEIGHED)
@@ -79,18 +80,18 @@ def launches(rows: Rows, q: Strides, k: Strides, v: Strides, out: Strides, dout:
     """
     b, h, i, d = rows.b, rows.h, rows.i, rows.d
     unit = 8 if all(x % 8 == 0 for of in (q, k, v, out, dout) for x in of) else 1
-    blocks = _cdiv(i, PADDED) * (PADDED // ROWS)
+    blocks = cdiv(i, PADDED) * (PADDED // ROWS)
     of_blocks = (b, h, blocks)
     (ob, oh, on), (dob, doh, don) = out, dout
     dlse = "dlse" if rows.dlse else None
     lengths = "q_lengths" if rows.q_lengths else None, "kv_lengths" if rows.kv_lengths else None
-    left, right = (0 if x is None else _far(x) for x in (rows.left, rows.right))
+    left, right = (0 if x is None else far(x) for x in (rows.left, rows.right))
     units = tuple(x // unit for of in (q, k, v, dout) for x in of[:2])
     return (
         Launch(
             "weigh_rows", (blocks, b * h, 1), ("out", "dout", "lse", dlse, "sinks", lengths[0]),
             (h, i, blocks * ROWS, ob // unit, oh // unit, dob // unit, doh // unit), weighed(b, h, blocks * ROWS),
-            {"D": d, "BD": _padded(d), "BM": ROWS, "UNIT": unit, "ON": on, "DON": don, "LSE": rows.dlse,
+            {"D": d, "BD": padded(d), "BM": ROWS, "UNIT": unit, "ON": on, "DON": don, "LSE": rows.dlse,
              "Q_LENGTHS": rows.q_lengths}, 4, 1, "sinks",
         ),
         sum_rows(

@@ -7,13 +7,13 @@ import struct
 import triton
 import triton.language as tl
 
-from attend_shared.kernels import plan
+from attend_shared.kernels import launch, sizes
 
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(plan.LOG2E)
+LOG2E = tl.constexpr(launch.LOG2E)
 LEAST = tl.constexpr(-3.4028234663852886e38)
 NOTHING = tl.constexpr(float("-inf"))
-INTERPRETED = tl.constexpr(plan.INTERPRETED)
+INTERPRETED = tl.constexpr(sizes.INTERPRETED)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def _softcap(x, factor, cap, PRECISE: tl.constexpr):
 # Up to |x| = SMALL tanh(x) is x times a polynomial of x^2, to 1.4e-7 of itself in float32: here of w = 2 x / SMALL, for
 # then one bit of w says which it is.
 SMALL = 0.5
-OF_X, OF_W = tl.constexpr(2 / SMALL), tl.constexpr(SMALL * plan.LOG2E)  # w / x; log2(exp(2 x)) / w
+OF_X, OF_W = tl.constexpr(2 / SMALL), tl.constexpr(SMALL * launch.LOG2E)  # w / x; log2(exp(2 x)) / w
 TANH0, TANH1, TANH2 = tl.constexpr(0.25), tl.constexpr(-0.005208292), tl.constexpr(0.0001301248)
 TANH3, TANH4 = tl.constexpr(-3.2340133e-6), tl.constexpr(6.5364858e-8)
 

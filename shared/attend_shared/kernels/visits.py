@@ -8,11 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attend_shared.kernels import plan
+from attend_shared import call
+from attend_shared.kernels import sizes
 from attend_shared.kernels.tiles import INTERPRETED
 
-FAR = tl.constexpr(plan.FAR)  # no array reaches as far
-PADDED = tl.constexpr(plan.PADDED)  # P, of rows that a head has on the way back, is a multiple of it
+FAR = tl.constexpr(call.FAR)  # no array reaches as far
+PADDED = tl.constexpr(sizes.PADDED)  # P, of rows that a head has on the way back, is a multiple of it
 
 
 @triton.jit
