@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner, Result
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 import attend_jax
 import attend_torch
 from attend_shared import cases, demo, parity, report, wrong_calls
+from attend_shared.cases import Case
 from attend_shared.command import main
 
 FEW = ("--case", "square-float32-causal")
@@ -159,9 +161,34 @@ def test_cases_are_chosen_by_name_by_words_and_by_dtype(monkeypatch: pytest.Monk
     assert chosen() == [case.name for case in cases.CASES]
 
 
+def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
+    def found(jobs: int) -> dict[str, Any]:
+        file = tmp_path / f"{jobs}.json"
+        which = "--case", "square float32 causal", "--framework", "torch", "--implementation", "einsum"
+        run = attend("parity", *which, "--jobs", str(jobs), "--json", file)
+        assert run.exit_code == 0, run.output
+        return json.loads(file.read_text())
+
+    one, two = ([{**row, "seconds": 0} for row in found(jobs)["results"]] for jobs in (1, 2))
+    assert len({row["case"] for row in one}) > 2
+    assert one == two
+
+
+def test_a_process_that_dies_is_said_in_a_line() -> None:
+    class Killed(Case):  # where a process reads it
+        def __reduce__(self) -> tuple:
+            return os._exit, (1,)
+
+    with patch.object(cases, "select", lambda _: (Killed(cases.CASES[0].levels),)):
+        run = attend("parity", "--framework", "torch", "--implementation", "einsum", "--jobs", "2")
+    assert run.exit_code == 2
+    assert "--jobs: one of the processes died" in run.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("--jobs", "0"), "Invalid value for '--jobs'"),
         (("--implementation", "flash3"), "--implementation: expected one of"),
         (("--case", "sqare"), "Did you mean square"),
         (("--case", "square-float32-causal", "--dtype", "float64"), "none of the 1 cases is float64"),

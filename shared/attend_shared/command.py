@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,7 @@ def main() -> None:
     help="Only this case; or those in whose name or features every word of PATTERN occurs, and no !word; "
     f'or "{CHECKS}": only the calls that must raise.',
 )
+@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the cases.")
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to this file."
 )
@@ -129,6 +131,7 @@ def parity_command(
     dtypes: tuple[str, ...],
     device: str,
     pattern: str,
+    jobs: int,
     json_file: Path | None,
     html_file: Path | None,
 ) -> None:
@@ -163,10 +166,16 @@ def parity_command(
         for result in parity.call_wrongly(twins, device, calls):
             checks.append(result)
             progress.update(task, advance=1, description=CHECKS)
-        for each in parity.run(twins, chosen, device, implementations):
-            results += each.results
-            differences += each.differences
-            progress.update(task, advance=1, description=each.case.level("shape"))
+        try:
+            for each in parity.run(twins, chosen, device, implementations, jobs):
+                results += each.results
+                differences += each.differences
+                progress.update(task, advance=1, description=each.case.level("shape"))
+        except BrokenProcessPool as error:
+            raise Wrong(
+                "--jobs: one of the processes died, of a crash or for want of memory. Fewer may find room; "
+                "attend doctor says which implementation crashes."
+            ) from error
     run = report.Run(
         place, versions, tuple(missing), (*results, *checks), tuple(differences), time.perf_counter() - started
     )

@@ -11,8 +11,11 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from importlib import import_module, metadata
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -167,7 +170,11 @@ def load(framework: str) -> Twin:
 
 
 def run(
-    twins: Sequence[Twin], cases: Iterable[Case], device: str = "cpu", implementations: Sequence[str] = ()
+    twins: Sequence[Twin],
+    cases: Iterable[Case],
+    device: str = "cpu",
+    implementations: Sequence[str] = (),
+    jobs: int = 1,
 ) -> Iterator[Report]:
     """Run cases, one report after the other.
 
@@ -176,12 +183,36 @@ def run(
         cases: for example `attend_shared.cases.CASES`, or what `select` gives.
         device: "cpu" or "cuda".
         implementations: names; none are all.
+        jobs: how many processes run them. One is this process; several load the frameworks of twins anew.
 
     Yields:
-        A report for each case.
+        A report for each case, in their order.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: one of several processes died.
     """
-    for case in cases:
-        yield examine(case, twins, device, implementations)
+    if jobs == 1:
+        for case in cases:
+            yield examine(case, twins, device, implementations)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # a fork of what has threads may wait for ever
+        frameworks = tuple(twin.framework for twin in twins)
+        waiting = [pool.submit(_examine, case, frameworks, device, implementations) for case in cases]
+        try:
+            for each in waiting:
+                yield each.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _examine(case: Case, frameworks: tuple[str, ...], device: str, implementations: Sequence[str]) -> Report:
+    """`examine` in a process of its own."""
+    return examine(case, _twins(frameworks), device, implementations)
+
+
+@cache
+def _twins(frameworks: tuple[str, ...]) -> tuple[Twin, ...]:
+    return tuple(load(framework) for framework in frameworks)
 
 
 def examine(case: Case, twins: Sequence[Twin], device: str = "cpu", implementations: Sequence[str] = ()) -> Report:
