@@ -276,7 +276,7 @@ def test_a_row_of_one_finite_fill_is_even(framework: str, fill: float) -> None:
     """Not empty: the mean of v, with the gradients of a mean."""
     bias = np.zeros((1, 1, 5, 5), np.float32)
     bias[:, :, 3] = fill
-    it = problem(bias=bias)
+    it = problem(bias=bias, lse=True)
     truth = oracle.evaluate(it)
     emptied = truth.out.copy()
     emptied[:, :, 3] = 0

@@ -69,6 +69,8 @@ def _softmax(s: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor,
         s = torch.cat((s, sinks.to(s.dtype)[:, None, None].expand(*s.shape[:-1], 1)), -1)
     top = s.detach().amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -torch.inf)
     empty = top == -torch.inf
-    s = s.masked_fill(empty, 0)  # -inf - -inf would be NaN, here and on the way back
+    s, top = s.masked_fill(empty, 0), top.masked_fill(empty, 0)  # -inf - -inf would be NaN, here and on the way back
     p = (torch.softmax(s, -1) * ~empty)[..., :keys]
-    return p, torch.where(empty, -torch.inf, torch.logsumexp(s, -1, keepdim=True)).squeeze(-1)
+    # Not by logsumexp, which makes exp(s - lse) on the way back: where logits are huge, log(total) is lost in lse.
+    lse = torch.log(torch.exp(s - top).sum(-1, keepdim=True)) + top
+    return p, torch.where(empty, -torch.inf, lse).squeeze(-1)
