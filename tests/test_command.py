@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -183,6 +185,20 @@ def test_a_process_that_dies_is_said_in_a_line() -> None:
         run = attend("parity", "--framework", "torch", "--implementation", "einsum", "--jobs", "2")
     assert run.exit_code == 2
     assert "--jobs: one of the processes died" in run.output
+
+
+def test_who_stops_listening_waits_for_no_process() -> None:
+    class Endless(Case):  # where a process reads it
+        def __reduce__(self) -> tuple:
+            return time.sleep, (600,)
+
+    first = cases.find("square-float32-causal")
+    reports = parity.run([parity.load("torch")], [first, Endless(first.levels)], implementations=["einsum"], jobs=2)
+    assert [it.verdict for it in next(reports).results] == ["ok"]
+    started = time.perf_counter()
+    reports.close()
+    assert time.perf_counter() - started < 60
+    assert not active_children()
 
 
 @pytest.mark.parametrize(

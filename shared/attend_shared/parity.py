@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from importlib import import_module, metadata
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,7 +186,7 @@ def run(
         jobs: how many processes run them. One is this process; several load the frameworks of twins anew.
 
     Yields:
-        A report for each case, in their order.
+        A report for each case, in their order. Whoever stops listening closes it, and ends with it what still runs.
 
     Raises:
         concurrent.futures.process.BrokenProcessPool: one of several processes died.
@@ -195,14 +195,18 @@ def run(
         for case in cases:
             yield examine(case, twins, device, implementations)
         return
+    others = active_children()
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # a fork of what has threads may wait for ever
         frameworks = tuple(twin.framework for twin in twins)
         waiting = [pool.submit(_examine, case, frameworks, device, implementations) for case in cases]
         try:
             for each in waiting:
                 yield each.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # whoever stops listening does not wait for what still runs
+            for process in active_children():
+                if process not in others:
+                    process.kill()
+            raise
 
 
 def _examine(case: Case, frameworks: tuple[str, ...], device: str, implementations: Sequence[str]) -> Report:
