@@ -29,6 +29,7 @@ class Ahead(NamedTuple):
 
 
 def ahead_of(call: Call, layout: Layout) -> Ahead:
+    """What is found out ahead for a call."""
     names = "forward", "split", "query_gradients", *(name for name, *_ in key_passes(call))
     sizes = [tile(name, call, layout.capability) for name in names]
     searched = call.segments and (not layout.one_id or call.q_lengths)

@@ -96,6 +96,7 @@ def _heads_each(call: Call) -> int:
 
 
 def plain(call: Call, shared: Shared, results: tuple[Output, ...]) -> Launch:
+    """Of `hopper.plain`."""
     at, left, right, *_ = shared.rest
     q, k, v = shared.layout[:3]
     low, high = far(at - left), far(at + right)
@@ -119,6 +120,7 @@ def is_narrow(call: Call, layout: Layout) -> bool:
 
 
 def narrow(call: Call, shared: Shared, results: tuple[Output, ...]) -> Launch:
+    """Of `narrow.narrow`."""
     at, _, right, *_ = shared.rest
     high = FAR if call.right is None else far(at + right)
     q, k, v = shared.layout[:3]
@@ -157,6 +159,7 @@ def _is_ordered(call: Call, layout: Layout, heads: int) -> bool:
 
 
 def long_queries(call: Call, shared: Shared, dout: Strides) -> Launch:
+    """Of `queries.long_query_gradients`."""
     at, left, right, *_ = shared.rest
     low = -FAR if call.left is None else far(at - left)
     high = FAR if call.right is None else far(at + right)
@@ -271,6 +274,7 @@ def takes_long_keys(call: Call, layout: Layout) -> bool:
 
 
 def long_keys(call: Call, shared: Shared, dout: Strides) -> Launch:
+    """Of `keys.long_key_gradients`."""
     at, left, right, *_ = shared.rest
     low, high = far(at - left), far(at + right)
     (q, k, v), size, group = shared.layout[:3], LONG_KEYS, call.h // call.hk

@@ -135,10 +135,12 @@ class Tile(NamedTuple):
 
 
 def padded(n: int) -> int:
+    """The size of a tile that holds n, a power of 2."""
     return max(16, 1 << (n - 1).bit_length())
 
 
 def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
     return -(-a // b)
 
 
