@@ -171,10 +171,12 @@ def alone(call: Call, name: str) -> str:
     Args:
         call: as the door made it.
         name: what is chosen for it. It is this one too where the caller named it, and for segment ids, which are put to
-            an implementation in its own form.
+            an implementation in its own form, and for lse, whose cotangent is then known to be none where it is.
     """
     forward = call._replace(gradient=False)
-    if call.names is not None or call.platform != "cuda" or call.segments or table(forward) == table(call):
+    if call.names is not None or call.platform != "cuda" or call.segments or call.return_lse:
+        return name
+    if table(forward) == table(call):
         return name
     return choice.choose(table(forward), forward).name
 

@@ -23,6 +23,7 @@ from attend_shared import cases
 from attend_shared.cases import Case
 from attend_shared.factors import FACTORS, SIZES
 from attend_shared.kernels import of_sinks
+from attend_shared.kernels.launch import Launch
 
 HAVE_NOT = {  # levels of factors, which the list of cases below is without
     "sinks": ("sinks_float32", "sinks_other"), "dropout": ("dropout_tenth", "dropout_half", "dropout_most"),
@@ -47,7 +48,7 @@ def install(monkeypatch: pytest.MonkeyPatch, interpreted: bool = False) -> None:
     vars(flash_attn)["cute"], vars(cute)["interface"] = cute, interface
     fa4_jax = ModuleType("fa4_jax")
     attention = ModuleType("fa4_jax.attention")
-    vars(attention).update(fa4_vjp_p=SimpleNamespace(bind=_fa4_vjp), _make_config=lambda *config, varlen: config)
+    vars(attention).update(fa4_vjp_p=SimpleNamespace(bind=_fa4_vjp), _make_config=_make_config)
     vars(fa4_jax).update(flash_attn=flash_attn_jax, flash_attn_varlen=flash_attn_varlen, attention=attention)
     dew_flash_attn = ModuleType("dew_flash_attn")
     vars(dew_flash_attn).update(_forward3=_forward3, _backward3=_backward3)
@@ -58,6 +59,9 @@ def install(monkeypatch: pytest.MonkeyPatch, interpreted: bool = False) -> None:
         monkeypatch.setattr(torch_fa4, "_kernels", lambda *given: given)
         monkeypatch.setattr(launches, "run", _of_sinks)
         monkeypatch.setattr(jax_triton, "run", _of_sinks)
+    else:
+        monkeypatch.setattr(jax_triton, "run", _interpreted)
+        monkeypatch.setattr(jax_triton, "capability", lambda: "9.0")
     monkeypatch.setattr(jax_triton, "unavailable", lambda: None)
     for ours in (torch_fa4, jax_fa4, fa3):
         refusal = ours.refusal
@@ -273,13 +277,38 @@ def _of_sinks(launches: tuple, known: dict[str, Any]) -> None:
     known["dsinks"] = torch.tensor(np.asarray(found)).to(known["sinks"]) if is_torch else found.astype(rows.sinks)
 
 
+def _interpreted(launches: list[Launch], known: dict[str, Any]) -> None:
+    """JAX's launches by Triton's interpreter, which is torch's. int64, which is for other launches, stays there."""
+    from attend_torch.launches import Kernels, run
+
+    given = {name: x for name, x in known.items() if x is not None}
+    made = {output.name: jax.ShapeDtypeStruct(output.shape, output.dtype) for it in launches for output in it.outputs
+            if output.used and output.dtype != "int64"}  # fmt: skip
+
+    def tensor(x: Any) -> torch.Tensor:
+        x = np.array(x)
+        is_short = x.dtype == jnp.bfloat16
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16) if is_short else torch.from_numpy(x)
+
+    def array(x: torch.Tensor) -> np.ndarray:
+        return x.view(torch.int16).numpy().view(jnp.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+    def compute(given: dict[str, Any]) -> dict[str, np.ndarray]:
+        tensors = {name: tensor(x) for name, x in given.items()}
+        run(Kernels(launches), tensors)
+        return {name: array(tensors[name]) for name in made}
+
+    known.update(jax.pure_callback(compute, made, given))
+
+
 # fa4-jax: the same, and packed (items after one another), where rows that are not used are defined as 0.
 
 
 def flash_attn_jax(
-    q: Any, k: Any, v: Any, *, window_size: tuple[int | None, int | None], scale: float
-) -> jax.Array:  # fmt: skip
-    return _jax(q, k, v, window_size, scale, None, None)
+    q: Any, k: Any, v: Any, *, window_size: tuple[int | None, int | None], scale: float, return_lse: bool = False
+) -> Any:  # fmt: skip
+    found = _jax(q, k, v, window_size, scale, None, None)
+    return found if return_lse else found[0]
 
 
 def flash_attn_varlen(
@@ -289,39 +318,61 @@ def flash_attn_varlen(
     if cu_seqlens_k is cu_seqlens_q:  # segments: as one item, of pairs within the same run
         assert seqused_q is seqused_k is None
         assert not defined_padding  # which costs the filling of every result
-        out = _of_runs(q, k, v, cu_seqlens_q, window_size, scale)
-        return (out, jnp.zeros(q.shape[1::-1])) if return_lse else out
-    assert defined_padding
-    b = len(cu_seqlens_q) - 1
-    assert len(cu_seqlens_k) - 1 == b
-    apart = [x.reshape(b, -1, *x.shape[1:]) for x in (q, k, v)]
-    return _jax(*apart, window_size, scale, seqused_q, seqused_k).reshape(*q.shape[:2], v.shape[2])
+        out, lse = _of_runs(q, k, v, cu_seqlens_q, window_size, scale)
+    else:
+        assert defined_padding
+        out, lse = _of_items(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, window_size, scale)
+    return (out, lse) if return_lse else out
 
 
-def _of_runs(q: Any, k: Any, v: Any, starts: Any, window: tuple[int | None, int | None], scale: float) -> jax.Array:
+def _of_runs(q: Any, k: Any, v: Any, starts: Any, window: tuple[int | None, int | None], scale: float) -> tuple:
     assert starts.dtype == jnp.int32
     run = jnp.searchsorted(starts, jnp.arange(len(q)), side="right")
-    return _jax(*(x[None] for x in (q, k, v)), window, scale, None, None, run)[0]
+    return tuple(x[0] for x in _jax(*(x[None] for x in (q, k, v)), window, scale, None, None, run))
+
+
+def _of_items(q: Any, k: Any, v: Any, of_q: Any, of_k: Any, q_used: Any, kv_used: Any, *options: Any) -> tuple:
+    b = len(of_q) - 1
+    assert len(of_k) - 1 == b
+    out, lse = _jax(*(x.reshape(b, -1, *x.shape[1:]) for x in (q, k, v)), *options, q_used, kv_used)
+    return out.reshape(*q.shape[:2], v.shape[2]), lse.swapaxes(0, 1).reshape(q.shape[1], -1)
+
+
+def _make_config(
+    q: Any, causal: bool, window: Any, scale: float, mask: None, backend: None, varlen: bool,
+    defined_padding: bool = False,
+) -> tuple:  # fmt: skip
+    assert (causal, mask, backend) == (False, None, None)
+    assert q.ndim == (3 if varlen else 4)
+    return window, scale, varlen, defined_padding
 
 
 def _fa4_vjp(
-    q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, of_q: Any, of_k: Any, q_used: Any, kv_used: Any, cfg: tuple,
-    has_d_lse: bool,
+    q: Any, k: Any, v: Any, out: Any, lse: Any, dout: Any, *bounds: Any, cfg: tuple, has_d_lse: bool
 ) -> tuple:  # fmt: skip
-    _, causal, window, scale, mask, backend = cfg
-    assert (causal, mask, backend, has_d_lse) == (False, None, None, False)
-    assert of_q is of_k
-    assert q_used is kv_used
-    assert q_used.shape == (len(of_q) - 1,)
+    window, scale, varlen, defined_padding = cfg
+    assert not has_d_lse  # which raises
+    assert out.shape == dout.shape == (*q.shape[:-1], v.shape[-1])
+    assert varlen == bool(bounds)
+    if not varlen:
+        assert lse.shape == (q.shape[0], q.shape[2], q.shape[1])
+        return jax.vjp(lambda *x: _jax(*x, window, scale, None, None)[0], q, k, v)[1](dout)
+    of_q, of_k, q_used, kv_used = bounds
+    assert q_used.shape == kv_used.shape == (len(of_q) - 1,)
     assert lse.shape == q.shape[1::-1]
-    assert out.shape == dout.shape == q.shape
-    return jax.vjp(lambda *x: _of_runs(*x, of_q, window, scale), q, k, v)[1](dout)
+    assert defined_padding == (of_q is not of_k)
+    if defined_padding:
+        assert q_used.dtype == kv_used.dtype == jnp.int32
+        return jax.vjp(lambda *x: _of_items(*x, *bounds, window, scale)[0], q, k, v)[1](dout)
+    assert q_used is kv_used
+    return jax.vjp(lambda *x: _of_runs(*x, of_q, window, scale)[0], q, k, v)[1](dout)
 
 
 def _jax(
     q: Any, k: Any, v: Any, window: tuple[int | None, int | None], scale: float, q_used: Any, kv_used: Any,
     run: Any = None,
-) -> Any:  # fmt: skip
+) -> tuple:  # fmt: skip
+    """out (b i h d) and lse (b h i)."""
     assert q.dtype in (jnp.float16, jnp.bfloat16)
     (b, i, h, _), j, dtype = q.shape, k.shape[1], q.dtype
     q_used = jnp.full((b,), i) if q_used is None else q_used
@@ -339,11 +390,13 @@ def _jax(
         may &= jnp.arange(j) <= at + window[1]
     if run is not None:
         may &= run[:, None] == run
+    may = jnp.broadcast_to(may, s.shape) & rows.swapaxes(1, 2)
     some = may.any(3, keepdims=True)
-    p = jax.nn.softmax(jnp.where(may, s, jnp.where(some, -math.inf, 0)), 3)
-    p = jnp.where(may, p, 0)
+    s = jnp.where(may, s, jnp.where(some, -math.inf, 0))
+    p = jnp.where(may, jax.nn.softmax(s, 3), 0)
     out = jnp.einsum("bhij,bjhd->bihd", p, v, precision="highest")
-    return jnp.where(rows, out, 0).astype(dtype)
+    lse = jax.lax.stop_gradient(jnp.where(some[..., 0], jax.nn.logsumexp(s, 3), -math.inf))
+    return jnp.where(rows, out, 0).astype(dtype), lse
 
 
 # dew-flash-attn: (b n h d) without lengths, or packed (n h d); -1 is no bound, and no other bound is negative.

@@ -615,11 +615,57 @@ def coarse_sinks(*names: str) -> dict[str, Any]:
     return {"triton": of_triton, "anew": verdicts, "coarse": coarse, "segments": off}
 
 
+def lse_in_jax() -> dict[str, str]:
+    """The verdicts of calls in JAX by FlashAttention's packages, which are stood in for, with a cotangent of lse; of
+    packed sequences and lengths, by how much of its largest value a result is off.
+    """
+    import jax
+    import jax.numpy as jnp
+    import pytest
+
+    import attend_jax
+    import flash_fakes
+    from attend_jax import bridge
+
+    packed: dict[str, dict[str, Any]] = {
+        "segments": {"q_segment_ids": np.array([[2, 2, 2, 0, 0, 1, 1, 1, 1]]), "is_causal": True},
+        "lengths": {"q_lengths": np.array([5]), "kv_lengths": np.array([7])},
+    }
+
+    def results(name: str, dtype: Any, options: dict[str, Any]) -> list[np.ndarray]:
+        given = (jnp.asarray(draw(1, h, 9, 16, seed=n).numpy(), jnp.float16) for n, h in enumerate((4, 2, 2, 4)))
+        q, k, v, dout = (x.astype(dtype) for x in given)
+        (out, lse), pull = jax.vjp(partial(attend_jax.attend, return_lse=True, implementation=name, **options), q, k, v)
+        dlse = jnp.cos(jnp.arange(lse.size, dtype=lse.dtype)).reshape(lse.shape)
+        return [np.asarray(x, np.float64) for x in (out, jnp.exp(lse), *pull((dout, dlse)))]
+
+    verdicts = {}
+    with pytest.MonkeyPatch.context() as patch:
+        flash_fakes.install(patch, interpreted=True)
+        for name, *without in (("fa4", "softcap", "sinks"), ("fa3", "softcap", "lengths")):
+            for case in flash_fakes.some(12, *without):
+                if "lse" in case.levels:
+                    problem, verdict = case.build(), "ok"
+                    try:
+                        compare.check(bridge.evaluate(problem, name), problem)
+                    except compare.Mismatch as mismatch:
+                        verdict = str(mismatch)
+                    verdicts[f"{name} {case.name}"] = verdict
+            for which, options in packed.items():
+                if which not in without:
+                    pairs = zip(*(results(*it, options) for it in ((name, jnp.float16), ("einsum", jnp.float32))),
+                                strict=True)  # fmt: skip
+                    off = max(np.abs(a - b).max() / np.abs(b).max() for a, b in pairs)
+                    verdicts[f"{name} {which}"] = "ok" if off < 0.002 else f"{off}"
+    return verdicts
+
+
 TASKS: dict[str, Callable[..., Any]] = {
     "cases": run_cases, "visits": visits, "whole": whole, "packed": lambda: packed() | ordered(), "spans": spans,
     "left": left,
     "drawn": drawn,
     "torch": in_torch, "biases": biases, "huge": huge, "softcap": softcap, "sinks": coarse_sinks,
+    "lse": lse_in_jax,
 }  # fmt: skip
 
 if __name__ == "__main__":

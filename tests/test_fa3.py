@@ -81,7 +81,7 @@ ONE_ITEM = {name: shape(1, 4, 96, 64) for name in "qkv"} | {"q_segment_ids": sha
         ({"sinks": shape(4)}, None),
         ({"sinks": shape(4, dtype=jnp.float32)}, f"{SINKS} float32"),
         ({"sinks": shape(4, dtype=jnp.float16)}, f"{SINKS} float16"),
-        ({"return_lse": True}, "it has no differentiable lse"),
+        ({"return_lse": True}, None),
         ({"scale": 0.0}, "it looks for the largest logit before it scales, which takes a scale > 0"),
         ({"scale": -1.0}, "it looks for the largest logit before it scales, which takes a scale > 0"),
         ({"is_causal": True, "q_offset": 3}, OFFSET),
@@ -95,10 +95,12 @@ def test_what_is_refused(options: dict[str, Any], words: str | None, monkeypatch
     assert fa3.refusal(call._replace(platform="cpu")) == "it runs on an NVIDIA GPU"
 
 
-def test_sinks_take_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sinks_and_lse_take_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "unavailable", lambda: "it needs what is not here")
-    words = "its gradient of sinks is made by Triton's kernels: it needs what is not here"
-    assert [fa3.refusal(call_of(**options)) for options in ({"sinks": shape(4)}, {})] == [words, None]
+    words = [f"its gradient of {x} is made by Triton's kernels: it needs what is not here" for x in ("sinks", "lse")]
+    calls = [call_of(**options) for options in ({"sinks": shape(4)}, {"return_lse": True}, {})]
+    assert [fa3.refusal(call) for call in calls] == [*words, None]
+    assert [fa3.refusal(call._replace(gradient=False)) for call in calls] == [None] * 3
 
 
 @pytest.mark.parametrize(("count", "words"), [(65535, WIDE), (65536, "it takes up to 65535 segments"), (4095, None)])

@@ -22,6 +22,7 @@ import attend_torch
 import attend_torch.bridge
 import flash_fakes
 from attend_jax.implementations import fa4 as jax_fa4
+from attend_jax.implementations import triton as jax_triton
 from attend_shared import compare, flash
 from attend_shared.call import Arrays, Call, check
 from attend_torch.arrays import FRAMEWORK
@@ -88,7 +89,6 @@ BOTH = [
 ONE = [
     ({"softcap": 30.0}, "it has no softcap"),
     ({"sinks": meta(4)}, "it has no sinks"),
-    ({"return_lse": True}, "it has no differentiable lse"),
 ]
 
 
@@ -117,6 +117,17 @@ def test_in_a_shard_map_jax_takes_another() -> None:
     asked = jax.shard_map(ask, mesh=mesh, in_specs=spec, out_specs=spec)
     jax.eval_shape(asked, jax.ShapeDtypeStruct((2,), jnp.float32))
     assert found[0] == "inside a shard_map fa4-jax's gradients raise"
+
+
+def test_gradients_of_lse_take_kernels_of_ours_in_jax(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = call_of(return_lse=True)
+    monkeypatch.setattr(jax_triton, "unavailable", lambda: "it needs what is not here")
+    trained = call._replace(gradient=True)
+    assert fa4.refusal(trained) is None
+    words = "its gradient of lse is made by Triton's kernels: it needs what is not here"
+    assert [jax_fa4.refusal(it) for it in (call, trained)] == [None, words]
+    monkeypatch.setattr(jax_triton, "unavailable", lambda: None)
+    assert jax_fa4.refusal(trained) is None
 
 
 def test_softcap_and_lse() -> None:
@@ -232,6 +243,46 @@ def test_jax_is_right_wherever_it_serves(fakes: None) -> None:
     for case in flash_fakes.some(2, "lse", "sinks", "softcap"):
         problem = case.build()
         compare.check(attend_jax.bridge.evaluate(problem, "fa4"), problem)
+
+
+@pytest.mark.parametrize("name", ["fa4", "fa3"])
+@pytest.mark.parametrize("which", ["plain", "window", "segments", "lengths"])
+def test_an_lse_without_a_cotangent_leaves_jax_the_kernels_of_the_package(
+    fakes: None, monkeypatch: pytest.MonkeyPatch, name: str, which: str
+) -> None:
+    """Whether it is asked for or not, under jit as well: dq, dk and dv are the same. `run` would be Triton's."""
+    if (name, which) == ("fa3", "lengths"):
+        return
+    options: dict[str, Any] = {
+        "plain": {}, "window": {"window_size": (2, 1)}, "segments": {"q_segment_ids": np.array([[1, 1, 0, 0, 0, 3]])},
+        "lengths": {"q_lengths": jnp.array([4]), "kv_lengths": jnp.array([5])},
+    }[which]  # fmt: skip
+    monkeypatch.setattr(jax_triton, "run", None)
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, heads, 6, 16)), jnp.bfloat16) for heads in (4, 2, 2))
+
+    def loss(lse: bool, *floats: jax.Array) -> jax.Array:
+        found = attend_jax.attend(*floats, return_lse=lse, implementation=name, **options)
+        return jnp.sin((found[0] if lse else found).astype(jnp.float32)).sum()
+
+    ours, theirs = (jax.grad(partial(loss, lse), (0, 1, 2)) for lse in (True, False))
+    for found in (ours(q, k, v), jax.jit(ours)(q, k, v)):
+        for a, b in zip(found, theirs(q, k, v), strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+@pytest.mark.parametrize("name", ["fa4", "fa3"])
+def test_lse_of_rows_without_a_key(fakes: None, name: str) -> None:
+    q, k = (jnp.ones((1, 1, n, 16), jnp.bfloat16) for n in (5, 3))
+    emptied: list[dict[str, Any]] = [{"is_causal": True, "q_offset": -2}]
+    if name == "fa4":
+        emptied.append({"is_causal": True, "q_offset": 0, "q_lengths": jnp.array([3])})
+    for options in emptied:
+        found, wanted = (
+            attend_jax.attend(q, k, k, return_lse=True, implementation=each, **options)[1] for each in (name, "einsum")
+        )
+        assert np.isneginf(wanted).any()
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("framework", BRIDGES)

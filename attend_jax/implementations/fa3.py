@@ -6,6 +6,7 @@ What they take, and how a call is put to them, is `attend_shared.flash`. The pac
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from attend_jax.arrays import varying
 from attend_jax.implementations import einsum, triton
 from attend_jax.implementations.blockwise import Floats
-from attend_jax.implementations.fa4 import back, laid, no_device, padded
+from attend_jax.implementations.fa4 import back, gradients, laid, no_device, padded
 from attend_jax.implementations.triton import batching
 from attend_shared import flash
 from attend_shared.call import Arrays, Call
@@ -36,40 +37,52 @@ def refusal(call: Call) -> str | None:
     return flash.refusal(call, PACKAGE, triton.unavailable)
 
 
-def attend(call: Call, arrays: Arrays) -> tuple[Array, None]:
-    """out (b h i dv) in q's dtype; there is no lse. Differentiable once, in reverse.
+def attend(call: Call, arrays: Arrays) -> tuple[Array, Array]:
+    """out (b h i dv) in q's dtype, and lse (b h i) in float32. Differentiable once, in reverse.
 
     What positions leave without a part is cut off, and is 0: so no bound is negative, which would be read as none.
     """
     if call.is_empty:
-        return einsum.attend(call, arrays)[0], None
+        return einsum.attend(call, arrays)
     rows, keys = flash.reach(call)
     size = flash.size(call, PACKAGE)
     q, k, v = (padded(x, size) for x in (arrays.q[:, :, rows], arrays.k[:, :, :keys], arrays.v[:, :, :keys]))
     seen = call._replace(i=rows.stop - rows.start, j=keys)
-    out = _attend(seen, Floats(q, k, v, None, arrays.sinks), arrays.q_segment_ids)[..., : call.dv]
-    before, behind = rows.start, call.i - rows.stop
-    return (jnp.pad(out, ((0, 0), (0, 0), (before, behind), (0, 0))) if before or behind else out), None
+    data = arrays._replace(q=None, k=None, v=None, sinks=None)
+    out, lse = _attend(seen, Floats(q, k, v, None, arrays.sinks), data)
+    out = out[..., : call.dv]
+    ends = rows.start, call.i - rows.stop
+    if any(ends):
+        out, lse = jnp.pad(out, ((0, 0), (0, 0), ends, (0, 0))), _extended(lse, arrays.sinks, ends)
+    return out, lse
+
+
+def _extended(lse: Array, sinks: Array | None, ends: tuple[int, int]) -> Array:
+    """lse (b h i) with rows that have no key before and behind: -inf, or their sink."""
+    nothing = jnp.full(lse.shape[1], -jnp.inf) if sinks is None else sinks.astype(lse.dtype)
+    nothing = jnp.where(nothing == -jnp.inf, -jnp.inf, nothing)  # whose cotangent is no sink's
+    before, behind = (jnp.broadcast_to(nothing[:, None], (*lse.shape[:2], n)) for n in ends)
+    return jnp.concatenate([before, lse, behind], 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call: Call, floats: Floats, starts: Array | None) -> Array:
-    """out (b h i d). starts: of runs, what the door makes of ids, or None."""
-    return _attend_fwd(call, floats, starts)[0]
+def _attend(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array]:
+    """out (b h i d) and lse (b h i). Ids of data: of runs, what the door makes of them."""
+    return batching(call, _forward)(data._replace(**floats._asdict()))
 
 
-def _attend_fwd(call: Call, floats: Floats, starts: Array | None) -> tuple:
-    out, lse = batching(call, _forward)(Arrays(**floats._asdict(), q_segment_ids=starts))
-    return out, (floats, starts, out, lse)
+def _attend_fwd(call: Call, floats: Any, data: Any) -> tuple:
+    floats, data = jax.tree.map(lambda x: x.value, (floats, data))
+    made = _attend(call, floats, data)
+    return made, (floats, data, *made)
 
 
-def _attend_bwd(call: Call, kept: tuple, dout: Array) -> tuple:
-    floats, starts, out, lse = kept
-    found = batching(call, _gradients)(Arrays(**floats._asdict(), q_segment_ids=starts), out, lse, dout)
-    return Floats(*found), None
+def _attend_bwd(call: Call, kept: tuple, cotangents: tuple) -> tuple:
+    floats, data, *made = kept
+    return Floats(*gradients(_gradients, call, data._replace(**floats._asdict()), *made, *cotangents)), None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 def _asked(call: Call, starts: Array | None) -> tuple:
@@ -82,7 +95,7 @@ def _asked(call: Call, starts: Array | None) -> tuple:
     return *of_runs, call.scale, right == 0, (left, right)
 
 
-def _forward(call: Call, arrays: Arrays) -> tuple[Array, ...]:
+def _forward(call: Call, arrays: Arrays) -> tuple[Array, Array]:
     """out (b h i d) and lse (b h i).
 
     The kernels have no sinks: of what a row is without its sink, sigmoid(lse - sink) is left.
@@ -108,8 +121,8 @@ def _gradients(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array) 
 
     given = (laid(x) if call.segments else x.swapaxes(1, 2) for x in (dout, *arrays[:3], out))
     found = _backward3(*given, lse[0] if call.segments else lse, *_asked(call, arrays.q_segment_ids))
-    gradients = (back(x) if call.segments else x.swapaxes(1, 2) for x in found)
-    return varying((*gradients, None, _dsinks(call, arrays, out, lse, dout) if call.sinks else None), arrays.q)
+    turned = (back(x) if call.segments else x.swapaxes(1, 2) for x in found)
+    return varying((*turned, None, _dsinks(call, arrays, out, lse, dout) if call.sinks else None), arrays.q)
 
 
 def _dsinks(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array) -> Array:

@@ -6,17 +6,19 @@ seconds; lengths are no part of a kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from attend_jax.arrays import hide, hide_rows
-from attend_jax.implementations import einsum
+from attend_jax.implementations import einsum, triton
 from attend_jax.implementations.blockwise import Floats
-from attend_jax.implementations.triton import batching
-from attend_shared import flash
+from attend_jax.implementations.triton import batching, instantiated
+from attend_shared import flash, runs
 from attend_shared.call import Arrays, Call
 
 PACKAGE = flash.FA4_JAX
@@ -42,36 +44,29 @@ def refusal(call: Call) -> str | None:
         return "it runs on an NVIDIA GPU"
     if jax.sharding.get_abstract_mesh().manual_axes:  # unless check_vma=False, which cannot be seen from here
         return "inside a shard_map fa4-jax's gradients raise"
-    return flash.refusal(call, PACKAGE)
+    return flash.refusal(call, PACKAGE, triton.unavailable)
 
 
-def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
-    """out (b h i dv) in q's dtype; there is no lse. Differentiable in reverse."""
+def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array | None]:
+    """out (b h i dv) in q's dtype, and lse (b h i) in float32 where it is asked for. Differentiable in reverse."""
     if call.is_empty:
-        return einsum.attend(call, arrays)[0], None
-    import fa4_jax
-
-    counts_q, counts_kv = flash.counted(call)
-    if call.q_lengths and not counts_q:
+        return einsum.attend(call, arrays)
+    hidden = call.q_lengths and not flash.counted(call)[0]
+    if hidden:
         arrays = hide(call, arrays)
     size = flash.size(call, PACKAGE)
-    if call.segments:
-        q, k, v = (padded(x, size) for x in arrays[:3])
-        return _packed(call, Floats(q, k, v, None, None), arrays.q_segment_ids)[..., : call.dv], None
-    q, k, v = (padded(x, size).swapaxes(1, 2) for x in arrays[:3])  # (b n h size)
-    options = {"window_size": flash.window(call), "scale": call.scale}
-    if counts_q or counts_kv:
-        bounds = (jnp.array(flash.starts(call.b, n), jnp.int32) for n in (call.i, call.j))
-        out = fa4_jax.flash_attn_varlen(
-            *(x.reshape(-1, *x.shape[2:]) for x in (q, k, v)), *bounds,  # (b * n, h, size)
-            seqused_q=flash.used(arrays.q_lengths, call.i) if counts_q else None,
-            seqused_k=flash.used(arrays.kv_lengths, call.j) if counts_kv else None,
-            defined_padding=True, **options,
-        ).reshape(q.shape)  # fmt: skip
-    else:
-        out = fa4_jax.flash_attn(q, k, v, **options)
-    out = out.swapaxes(1, 2)[..., : call.dv]
-    return (hide_rows(call, arrays, out) if call.q_lengths and not counts_q else out), None
+    q, k, v = (padded(x, size) for x in arrays[:3])
+    floats = Floats(q, k, v, None, None)
+    data = arrays._replace(q=None, k=None, v=None)
+    if call.segments or call.return_lse:
+        out, lse = _attend(call, floats, data)
+    else:  # the package's own derivatives
+        out, lse = _forward(call, data._replace(**floats._asdict()), False)
+    out = out[..., : call.dv]
+    if hidden:
+        out = hide_rows(call, arrays, out)
+        lse = None if lse is None else hide_rows(call, arrays, lse[..., None], -jnp.inf)[..., 0]
+    return out, lse
 
 
 def padded(x: jax.Array, size: int) -> jax.Array:
@@ -79,57 +74,99 @@ def padded(x: jax.Array, size: int) -> jax.Array:
     return x if x.shape[3] == size else jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, size - x.shape[3])))
 
 
-# Packed sequences. fa4-jax raises under jax.vmap where they are; here lane goes after lane. Runs leave no row out, so
-# what it writes is not filled with zeros beforehand.
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _packed(call: Call, floats: Floats, starts: jax.Array) -> jax.Array:
-    """out (b h i d). starts: of runs, what the door makes of ids."""
-    return batching(call, partial(_forward, False))(Arrays(**floats._asdict(), q_segment_ids=starts))[0]
+def _attend(call: Call, floats: Floats, data: Arrays) -> tuple[jax.Array, jax.Array | None]:
+    """out (b h i d) and lse (b h i). Ids of data: of runs, what the door makes of them."""
+    return batching(call, partial(_forward, lse=call.return_lse))(data._replace(**floats._asdict()))
 
 
-def _packed_fwd(call: Call, floats: Floats, starts: jax.Array) -> tuple:
-    out, lse = batching(call, partial(_forward, True))(Arrays(**floats._asdict(), q_segment_ids=starts))
-    return out, (floats, starts, out, lse)
+def _attend_fwd(call: Call, floats: Any, data: Any) -> tuple:
+    floats, data = jax.tree.map(lambda x: x.value, (floats, data))
+    out, lse = batching(call, partial(_forward, lse=True))(data._replace(**floats._asdict()))
+    return (out, lse if call.return_lse else None), (floats, data, out, lse)
 
 
-def _packed_bwd(call: Call, kept: tuple, dout: jax.Array) -> tuple:
-    floats, starts, out, lse = kept
-    dq, dk, dv = batching(call, _gradients)(Arrays(**floats._asdict(), q_segment_ids=starts), out, lse, dout)
-    return Floats(dq, dk, dv, None, None), None
+def _attend_bwd(call: Call, kept: tuple, cotangents: tuple) -> tuple:
+    floats, data, *made = kept
+    return Floats(*gradients(_gradients, call, data._replace(**floats._asdict()), *made, *cotangents)), None
 
 
-_packed.defvjp(_packed_fwd, _packed_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+def gradients(theirs: Callable, call: Call, arrays: Arrays, out: Any, lse: Any, dout: Any, dlse: Any) -> tuple:
+    """Of `Floats`: the package's own, which have no part of lse; where that has a cotangent, those of Triton's kernels.
+
+    Args:
+        theirs: called with call, arrays, out, lse and dout.
+    """
+    dout = instantiated(dout, arrays.q)
+    if dlse is None or isinstance(dlse, SymbolicZero):
+        return batching(call, theirs)(arrays, out, lse, dout)
+    if call.segments:  # from where runs start to ids
+        ids = jnp.searchsorted(arrays.q_segment_ids, jnp.arange(call.i), side="right")[None]
+        arrays = arrays._replace(q_segment_ids=ids, kv_segment_ids=None)
+        call = call._replace(runs=runs.NOT_LOOKED, sequences=0)
+    call = call._replace(d=arrays.q.shape[3], dv=arrays.v.shape[3])
+    return batching(call, triton.gradients_of)(arrays, out, lse, dout, dlse)
 
 
 def laid(x: jax.Array) -> jax.Array:
-    """x (1 h n d) as packed sequences lie: (n h d)."""
-    return x[0].swapaxes(0, 1)
+    """x (b h n d) as packed sequences lie: (b * n, h, d)."""
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
-def back(x: jax.Array) -> jax.Array:
+def back(x: jax.Array, b: int = 1) -> jax.Array:
     """The opposite."""
-    return x.swapaxes(0, 1)[None]
+    return x.reshape(b, -1, *x.shape[1:]).swapaxes(1, 2)
 
 
-def _forward(lse: bool, call: Call, arrays: Arrays) -> tuple[jax.Array, ...]:
-    """out (1 h i d), and lse (h i) if it is wanted."""
+# fa4-jax raises under jax.vmap where sequences are packed; `batching` has lane go after lane. Runs leave no row out, so
+# what it writes is not filled with zeros beforehand; lengths do.
+
+
+def _bounds(call: Call, arrays: Arrays) -> tuple[Any, ...] | None:
+    """Where packed sequences of q and k start, and how much of each is used; None where nothing is packed."""
+    if call.segments:
+        starts = arrays.q_segment_ids
+        return starts, starts, *(starts[1:] - starts[:-1],) * 2
+    of_q, of_kv = flash.counted(call)
+    if not (of_q or of_kv):
+        return None
+    sides = ((of_q, arrays.q_lengths, call.i), (of_kv, arrays.kv_lengths, call.j))
+    used = (flash.used(x, n) if counts else jnp.full((call.b,), n, jnp.int32) for counts, x, n in sides)
+    return *(jnp.array(flash.starts(call.b, n), jnp.int32) for n in (call.i, call.j)), *used
+
+
+def _forward(call: Call, arrays: Arrays, lse: bool) -> tuple[jax.Array, jax.Array | None]:
+    """out (b h i d), and lse (b h i) if it is wanted."""
     import fa4_jax
 
-    found = fa4_jax.flash_attn_varlen(
-        *map(laid, arrays[:3]), arrays.q_segment_ids, arrays.q_segment_ids, window_size=flash.window(call),
-        scale=call.scale, return_lse=lse,
-    )  # fmt: skip
-    return (back(found[0]), found[1]) if lse else (back(found),)
+    options: dict[str, Any] = {"window_size": flash.window(call), "scale": call.scale, "return_lse": lse}
+    bounds = _bounds(call, arrays)
+    if bounds is None:
+        found = fa4_jax.flash_attn(*(x.swapaxes(1, 2) for x in arrays[:3]), **options)
+        out, lse_of = found if lse else (found, None)
+        return out.swapaxes(1, 2), lse_of
+    starts_q, starts_kv, q_used, kv_used = bounds
+    if not call.segments:
+        options |= {"seqused_q": q_used, "seqused_k": kv_used, "defined_padding": True}
+    found = fa4_jax.flash_attn_varlen(*map(laid, arrays[:3]), starts_q, starts_kv, **options)
+    out, lse_of = found if lse else (found, None)
+    return back(out, call.b), None if lse_of is None else lse_of.reshape(call.h, call.b, call.i).swapaxes(0, 1)
 
 
 def _gradients(call: Call, arrays: Arrays, out: jax.Array, lse: jax.Array, dout: jax.Array) -> tuple[Any, ...]:
-    """dq, dk, dv."""
+    """dq, dk, dv of `Floats`."""
     from fa4_jax import attention
 
-    (q, k, v), starts = map(laid, arrays[:3]), arrays.q_segment_ids
-    config = attention._make_config(q, False, flash.window(call), call.scale, None, None, varlen=True)
-    bounds = (starts, starts, *(starts[1:] - starts[:-1],) * 2)  # of all of which everything is used
-    found = attention.fa4_vjp_p.bind(q, k, v, laid(out), lse, laid(dout), *bounds, cfg=config, has_d_lse=False)
-    return tuple(map(back, found))
+    bounds = _bounds(call, arrays)
+    packed = bounds is not None
+    q, k, v, out, dout = (laid(x) if packed else x.swapaxes(1, 2) for x in (*arrays[:3], out, dout))
+    lse = lse.swapaxes(0, 1).reshape(call.h, -1) if packed else lse
+    config = attention._make_config(
+        q, False, flash.window(call), call.scale, None, None, varlen=packed,
+        defined_padding=packed and not call.segments,
+    )  # fmt: skip
+    found = attention.fa4_vjp_p.bind(q, k, v, out, lse, dout, *(bounds or ()), cfg=config, has_d_lse=False)
+    return *(back(x, call.b) if packed else x.swapaxes(1, 2) for x in found), None, None

@@ -27,8 +27,9 @@ from attend_jax.machine import capability
 from attend_shared.call import Arrays, Call
 from attend_shared.kernels import plan as plans
 from attend_shared.kernels.gluon_plan import runs_gluon
-from attend_shared.kernels.launch import Launch, Layout
+from attend_shared.kernels.launch import LOG2E, Launch, Layout
 from attend_shared.kernels.plan import BOUNDS, SAVED, Plan
+from attend_shared.kernels.sizes import padded_rows
 
 Array = jax.Array
 
@@ -87,13 +88,13 @@ def _attend_fwd_of(call: Call, floats: Any, data: Any) -> tuple:
 def _attend_bwd(call: Call, kept: tuple, cotangents: tuple) -> tuple:
     floats, data, saved, wants_bias = kept
     dout, dlse = cotangents
-    dout = _instantiated(dout, floats.q)
+    dout = instantiated(dout, floats.q)
     dlse = None if isinstance(dlse, SymbolicZero) else dlse  # whose zeros would be written, and read
     function = _gradients if wants_bias == () else partial(_gradients, wants_bias=False)
     return Floats(*batching(call, function)(data._replace(**floats._asdict()), saved, dout, dlse)), None
 
 
-def _instantiated(x: Any, like: Array) -> Array:
+def instantiated(x: Any, like: Array) -> Array:
     """A cotangent, zeros in full, over the axes of a mesh along which the other array varies."""
     return varying([jnp.zeros(x.shape, x.dtype)], like)[0] if isinstance(x, SymbolicZero) else x
 
@@ -221,15 +222,31 @@ def _forward(call: Call, arrays: Arrays, alone: bool = False) -> tuple[Array | N
     return _turned(call, known["out"]), *map(known.get, SAVED[1 : -len(BOUNDS)]), *bounds
 
 
+def gradients_of(call: Call, arrays: Arrays, out: Array, lse: Array, dout: Array, dlse: Array) -> tuple:
+    """As `_gradients`, of out and lse (b h i) that other kernels made, for calls without bias and dropout."""
+    behind = ((0, 0), (0, 0), (0, padded_rows(call.i) - call.i))
+    top = jnp.pad(jnp.where(lse == -jnp.inf, jnp.inf, LOG2E * lse), behind, constant_values=jnp.inf)
+    inverse = None
+    if call.sinks:  # a row's weight of its sink
+        shares = jnp.exp(arrays.sinks.astype(jnp.float32)[:, None] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
+        inverse = jnp.pad(shares, behind)
+    saved = {"out": out, "lse": lse, "top": top, "inverse": inverse}
+    return _gradients(call, arrays, tuple(map(saved.get, SAVED)), dout, dlse, bounded=False)
+
+
 def _gradients(
-    call: Call, arrays: Arrays, saved: tuple, dout: Array, dlse: Array | None, wants_bias: bool = True
+    call: Call, arrays: Arrays, saved: tuple, dout: Array, dlse: Array | None, wants_bias: bool = True,
+    bounded: bool = True,
 ) -> tuple:  # fmt: skip
-    """dq, dk, dv, dbias, dsinks; None for what the call has not got, or is not wanted."""
+    """dq, dk, dv, dbias, dsinks; None for what the call has not got, or is not wanted.
+
+    bounded: whether what is saved has the bounds that the plan's way forward finds out.
+    """
     plan, known = _prepare(call, arrays)
     known |= zip(SAVED, saved, strict=True)
     known |= {"out": _turned(call, saved[0]), "dout": _turned(call, dout)} | ({} if dlse is None else {"dlse": dlse})
     strides = _strides(dout, call.layout == "bnhd")
     wants_bias = call.bias is not None and wants_bias
-    run(plan.backward(strides, wants_bias, dlse is not None, bool(plan.bounds)), known)
+    run(plan.backward(strides, wants_bias, dlse is not None, bounded and bool(plan.bounds)), known)
     gradients = [_turned(call, known[name]) for name in ("dq", "dk", "dv")]
     return *gradients, known.get("dbias"), known.get("dsinks")

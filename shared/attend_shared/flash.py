@@ -38,7 +38,7 @@ class Package(NamedTuple):
         sizes: of heads, to which others are filled up.
         softcap, lengths: whether it has them.
         sinks: why it serves none, or None.
-        lse: whether its lse has a gradient.
+        lse: whether its lse has a gradient; else Triton's kernels make that.
         wide: whether it counts the numbers of an item in more than 32 bits.
     """
 
@@ -101,7 +101,7 @@ def refusal(call: Call, package: Package, kernels: Callable[[], str | None] = la
     """Why the package cannot serve this call, or None.
 
     Args:
-        kernels: why there are no Triton kernels, which make the gradient of sinks, or None.
+        kernels: why there are no Triton kernels, which make the gradients of sinks and of some lse, or None.
     """
     if call.dtype not in ("float16", "bfloat16"):
         return f"it takes float16 and bfloat16, not {call.dtype}"
@@ -137,8 +137,8 @@ def refusal(call: Call, package: Package, kernels: Callable[[], str | None] = la
         return f"its gradient of sinks is made of an out that is rounded to {call.dtype}, too coarse for {call.sinks}"
     if call.sinks is not None and call.gradient and (without := kernels()):
         return f"its gradient of sinks is made by Triton's kernels: {without}"
-    if call.return_lse and not package.lse:
-        return "it has no differentiable lse"
+    if call.return_lse and call.gradient and not package.lse and (without := kernels()):
+        return f"its gradient of lse is made by Triton's kernels: {without}"
     if call.return_lse and call.softcap is not None:
         return "its softcap is an approximate tanh, too coarse for an lse in float32"
     if call.scale <= 0:
