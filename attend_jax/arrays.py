@@ -134,7 +134,7 @@ def hide(call: Call, arrays: Arrays) -> Arrays:
     return meaning.hide(call, arrays, *indices(call), jnp.where, contains)
 
 
-def hide_rows(call: Call, arrays: Arrays, out: jax.Array, nothing: float = 0) -> jax.Array:
-    """Nothing in the rows of out (b h i dv) that q_lengths empties, which keeps their cotangents out as well."""
+def hide_rows(call: Call, arrays: Arrays, out: jax.Array) -> jax.Array:
+    """0 in the rows of out (b h i dv) that q_lengths empties, which keeps their cotangents out as well."""
     rows: Any = meaning.dead_queries(call, arrays, indices(call)[0])
-    return jnp.where(rows[:, None, :, None], nothing, out)
+    return jnp.where(rows[:, None, :, None], 0, out)

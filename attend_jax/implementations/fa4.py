@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from attend_jax.arrays import hide, hide_rows
+from attend_jax.arrays import hide, indices
 from attend_jax.implementations import einsum, triton
 from attend_jax.implementations.blockwise import Floats
 from attend_jax.implementations.triton import batching, instantiated
-from attend_shared import flash, runs
+from attend_shared import flash, meaning, runs
 from attend_shared.call import Arrays, Call
 
 PACKAGE = flash.FA4_JAX
@@ -63,10 +63,14 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array | None]:
     else:  # the package's own derivatives
         out, lse = _forward(call, data._replace(**floats._asdict()), False)
     out = out[..., : call.dv]
-    if hidden:
-        out = hide_rows(call, arrays, out)
-        lse = None if lse is None else hide_rows(call, arrays, lse[..., None], -jnp.inf)[..., 0]
-    return out, lse
+    return _empty(call, arrays, out, lse) if hidden else (out, lse)
+
+
+def _empty(call: Call, arrays: Arrays, out: jax.Array, lse: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Nothing in the rows that q_lengths empties, and that the kernels computed."""
+    rows: Any = meaning.dead_queries(call, arrays, indices(call)[0])
+    out = jnp.where(rows[:, None, :, None], 0, out)
+    return out, None if lse is None else jnp.where(rows[:, None], -jnp.inf, lse)
 
 
 def padded(x: jax.Array, size: int) -> jax.Array:
