@@ -284,6 +284,18 @@ def test_a_row_of_one_finite_fill_is_even(framework: str, fill: float) -> None:
 
 
 @both_frameworks
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
+def test_huge_logits_have_a_largest(framework: str, options: dict[str, Any]) -> None:
+    """A product rounded in one place and not in another is no more the largest: 0 / 0, in jax.nn for few keys."""
+    it = problem((1, 2, 64, 64, 16), scale=0.3, lse=True, **options)
+    given = it.arguments | {name: it.arguments[name] * np.float32(1e6) for name in "qk"}
+    q, k = (given[name].astype(np.float64) for name in "qk")
+    own = np.abs(0.3 * np.einsum("bhid,bhjd->bhij", q, k))
+    assert own.max() > 1e12
+    hold(framework, it._replace(arguments=given), gradients=True)
+
+
+@both_frameworks
 def test_a_finite_bias_is_never_outranked_by_a_mask(framework: str) -> None:
     """Key 0 is masked, key 1 has the lowest finite bias: key 1 takes all the weight."""
     bias = np.zeros((1, 1, 5, 2), np.float32)

@@ -217,11 +217,11 @@ class _Tiles:
         """The logits of a block over `unit`, -inf where not allowed, and for the way back tanh of the softcap."""
         call, capped = self.call, None
         s = self.dot(q, k, 1, 1)
-        if self.unit == 1:
-            s = s * call.scale
         if call.softcap is not None:
-            capped = jnp.tanh(s / call.softcap)
+            capped = jnp.tanh(s * call.scale / call.softcap)
             s = call.softcap * capped
+        elif self.unit == 1:
+            s = einsum.times(s, call.scale)
         rows, columns = self.rows(block), self.columns(key_block)
         may = None
         if call.masked:
@@ -285,7 +285,7 @@ def _forward(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array, Ar
                 s, _ = tiles.logits(item, head, block, rows, key_block, k_block)
                 top = jnp.maximum(m, s.max(1) * tiles.unit)
                 shift = jnp.where(top == -jnp.inf, 0, top)
-                p = jnp.exp(s * tiles.unit - shift[:, None])
+                p = jnp.exp(einsum.times(s, tiles.unit) - shift[:, None])
                 shrink = jnp.exp(m - shift)
                 total = total * shrink + p.sum(1)
                 if call.dropout:
@@ -357,7 +357,7 @@ def _backward(
                 k_block = lax.dynamic_slice_in_dim(k, key_block * keys.size, keys.size)
                 v_block = lax.dynamic_slice_in_dim(v, key_block * keys.size, keys.size)
                 s, capped = tiles.logits(item, head, block, rows, key_block, k_block)
-                p = jnp.exp(s * tiles.unit - shift - log_total)
+                p = jnp.exp(einsum.times(s, tiles.unit) - shift - log_total)
                 dp = tiles.dot(do, v_block, 1, 1)
                 weights = p
                 if call.dropout:

@@ -43,10 +43,9 @@ def compute(
     """
     wide = jnp.dtype(call.accumulation)
     q = rearrange(arrays.q.astype(wide), "b (hk g) i d -> b hk g i d", hk=call.hk)
-    s = jnp.einsum("bkgid,bkjd->bkgij", q, arrays.k.astype(wide), precision=HIGHEST) * call.scale
+    s = jnp.einsum("bkgid,bkjd->bkgij", q, arrays.k.astype(wide), precision=HIGHEST)
     s = rearrange(s, "b hk g i j -> b (hk g) i j")
-    if call.softcap is not None:
-        s = call.softcap * jnp.tanh(s / call.softcap)
+    s = times(s, call.scale) if call.softcap is None else call.softcap * jnp.tanh(s * call.scale / call.softcap)
     if arrays.bias is not None:
         s = s + arrays.bias.astype(wide)
     may = allowed(call, arrays)
@@ -63,6 +62,15 @@ def compute(
     out = jnp.einsum("bkgij,bkje->bkgie", p, arrays.v.astype(wide), precision=HIGHEST)
     out = rearrange(out, "b hk g i e -> b (hk g) i e").astype(arrays.q.dtype)
     return out, lse
+
+
+def times(s: jax.Array, factor: float) -> jax.Array:
+    """s * factor, rounded.
+
+    XLA joins a product with the subtraction of the largest such product, and does not round it there as it did before:
+    of logits of 1e9 and more exp may be 0 or inf for every key then. What is chosen it joins with nothing.
+    """
+    return jnp.where(s == s, s * factor, s)
 
 
 @jax.custom_jvp
