@@ -293,6 +293,19 @@ DATA = {
 }
 
 
+@pytest.mark.parametrize("name", DATA)
+def test_data_of_the_other_framework(name: str) -> None:
+    """Whose shape and dtype are right, so that these would explain nothing."""
+    right, theirs = right_call(), DATA[name]
+    in_torch = {each: torch.from_numpy(right[each]) for each in "qkv"} | {name: theirs}
+    in_jax = {each: right[each] for each in "qkv"} | {name: torch.from_numpy(theirs)}
+    for attend, arguments, whose in ((attend_torch.attend, in_torch, "numpy"), (attend_jax.attend, in_jax, "torch")):
+        text = (f"{name}: expected an array of the framework that is called, got {theirs.dtype} of shape "
+                f"{theirs.shape}. It is of {whose}; attend_torch takes torch tensors, attend_jax takes JAX and NumPy "
+                "arrays.")  # fmt: skip
+        assert error_of(attend, **arguments) == ("TypeError", text)
+
+
 @pytest.mark.parametrize("argument", DATA)
 def test_another_device_in_torch(argument: str) -> None:
     """In JAX see test_jax_transforms, which has two devices."""

@@ -443,6 +443,12 @@ def check_array(framework: Framework, argument: str, value: Any) -> None:
         )
 
 
+def _foreign(framework: Framework, argument: str, value: Any) -> None:
+    """Raise TypeError where the value is an array, but of another framework, whose dtype and shape may be right."""
+    if hasattr(value, "dtype") and not isinstance(value, np.generic):
+        check_array(framework, argument, value)
+
+
 def _sizes(framework: Framework, q: Any, k: Any, v: Any, layout: str) -> tuple[int, ...]:
     types, dense = framework.arrays, framework.is_dense
     if not (
@@ -641,6 +647,7 @@ def check_integers(
     if argument == "q_offset":
         expected = f"an int, or {expected}"
     if not isinstance(value, framework.arrays):
+        _foreign(framework, argument, value)
         raise wrong(TypeError, argument, expected, value, advice)
     if not framework.dtype(value).startswith(("int", "uint")):
         raise wrong(TypeError, argument, expected, value, advice)
@@ -671,6 +678,7 @@ def _seed(framework: Framework, seed: Any) -> None:
             raise wrong(ValueError, "dropout_seed", expected, seed, advice)
         return
     if not isinstance(seed, framework.arrays):
+        _foreign(framework, "dropout_seed", seed)
         raise wrong(TypeError, "dropout_seed", expected, seed, advice)
     dtype = framework.dtype(seed)
     if framework.takes_int64_seed and dtype == "int64" and _shape(seed) == ():
