@@ -109,7 +109,15 @@ def test_wheel_says_what_it_is(wheel: Path) -> None:
     assert sorted(core) == ["einops", "numpy", "packaging"]
     assert "Name: attend-twin\n" in metadata
     assert "License-Expression: MIT\n" in metadata
-    assert "attend = attend_shared.command:main" in scripts
+    assert "attend = attend_shared.__main__:main" in scripts
+
+
+@pytest.mark.parametrize("name", ["click", "rich"])
+def test_without_what_the_command_needs_it_says_so(name: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules[{name!r}] = None; from attend_shared.__main__ import main; main()"
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == f'Error: the command attend needs {name}: pip install "attend-twin[cli]"\n'
 
 
 def test_wheel_runs_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
