@@ -169,7 +169,7 @@ def read_plan(config: dict[str, Any], where: str, most_layers: int = MOST_LAYERS
     family = FAMILIES[name]
     named = config.get("architectures") or [family.architectures[0]]
     if not isinstance(named, list) or len(named) != 1 or named[0] not in family.architectures:
-        reason = f"expected {' or '.join(family.architectures)}, got {named!r}"
+        reason = f"expected a list of one, {' or '.join(family.architectures)}, got {named!r}"
         raise UnsupportedError((("architectures", reason),), HEADLINE.format(where), ADVICE)
     options = Options(config, where, family.title, most_layers)
     plan = family.plan(options, named[0])
