@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 import attend_jax
 import attend_torch
-from attend_shared import cases, demo, parity, report, wrong_calls
+from attend_shared import avoid, cases, demo, parity, report, wrong_calls
 from attend_shared.cases import Case
 from attend_shared.command import main
 
@@ -209,7 +209,9 @@ def test_who_stops_listening_waits_for_no_process() -> None:
         (("--case", "sqare"), "Did you mean square"),
         (("--case", "square-float32-causal", "--dtype", "float64"), "none of the 1 cases is float64"),
         (("--json", "no/such/folder/parity.json"), "there is no folder"),
-        (("--html", ""), "expected a name, got none"),
+        (("--html", ""), "--html: expected the name of a file to write, got none"),
+        (("--html", "x" * 300), "it cannot be written: File name too long"),
+        (("--json", "x", "--html", "x"), "--html: expected another file than that of --json, got x for both"),
         (("--device", "tpu"), "Invalid value for '--device'"),
         (("--framework", "numpy"), "Invalid value for '--framework'"),
     ],
@@ -218,6 +220,32 @@ def test_what_cannot_be_run_is_said_in_a_line(arguments: tuple[str, ...], words:
     run = attend("parity", *arguments)
     assert run.exit_code == 2
     assert words in run.output
+
+
+def test_a_folder_that_nothing_may_be_made_in_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    file = tmp_path / "x.json"
+    run = attend("parity", *FEW, "--json", file)
+    assert run.exit_code == 2
+    assert run.output.strip() == f"Error: {file}: it cannot be written: nothing may be made in {tmp_path}."
+
+
+@pytest.mark.parametrize(("option", "value"), [("--q", "9" * 5000 + ",1,1,1"), ("--window", "0,-" + "9" * 5000)])
+def test_a_number_without_end_is_said(option: str, value: str) -> None:
+    sizes = () if option == "--q" else ("--q", "1,1,1,1")
+    run = attend("explain", "--framework", "torch", *sizes, option, value)
+    assert run.exit_code == 2 and "of at most 100 digits, got 500" in run.output
+
+
+def test_the_demo_says_what_is_wrong_with_the_file_of_what_to_avoid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(step: Any) -> demo.Demo:
+        raise avoid.AvoidFileError("ATTEND_AVOID=x: expected a file")
+
+    monkeypatch.setattr(demo, "run", run)
+    result = attend("demo")
+    assert result.exit_code == 2 and "Error: ATTEND_AVOID=x: expected a file" in result.output
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -300,7 +300,13 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "an unknown dtype": (lambda it: it | {"avoid": [GOOD | {"dtype": "float8"}]}, "dtype: expected one of float16"),
     "an unknown result": (lambda it: it | {"avoid": [GOOD | {"results": ["dz"]}]}, "results[0]: expected one of out"),
-    "a number as text": (lambda it: it | {"written": 7}, "written: expected text, got 7"),
+    "a number as text": (lambda it: it | {"written": 7}, "written: expected text that can be printed, got 7"),
+    "what a terminal would obey": (
+        lambda it: it | {"machines": [it["machines"][0] | {"device": "\x1b[2J"}]}, r"device: expected text that can be",
+    ),
+    "half a character": (
+        lambda it: it | {"machines": [it["machines"][0] | {"versions": {"\ud800": "1"}}]}, "versions: expected text",
+    ),
     "gradients of 1": (lambda it: it | {"gradients": 1}, "gradients: expected true or false, got 1"),
     "a machine twice": (lambda it: it | {"machines": [it["machines"][0]] * 2}, "machines[1]: expected one for each"),
 }  # fmt: skip
@@ -407,7 +413,7 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_call(framework: str, monk
         with pytest.raises(AvoidFileError) as caught:
             call(x, x, x)
         words = "no/such/file.json: expected a file that attend doctor wrote, got: No such file or directory."
-        assert str(caught.value) == words
+        assert str(caught.value) == f"ATTEND_AVOID={words}"
 
 
 @FRAMEWORKS
@@ -533,7 +539,8 @@ def test_what_is_wrong_but_not_taken_is_no_failure(few: Callable[..., None]) -> 
     [
         (("--implementation", "flash9"), "--implementation: expected one of"),
         (("--output", "no/such/folder/file.json"), "there is no folder"),
-        (("--picture", ""), "expected a name, got none"),
+        (("--picture", ""), "--picture: expected the name of a file to write, got none"),
+        (("--output", "x", "--picture", "./x"), "--picture: expected another file than that of --output, got x"),
         (("--limit", "0"), "Invalid value for '--limit'"),
         (("--dtype", "float8"), "Invalid value for '--dtype'"),
     ],
@@ -543,11 +550,17 @@ def test_what_cannot_be_run_is_said_in_a_line(arguments: tuple[str, ...], words:
     assert run.exit_code == 2 and words in run.output
 
 
+def test_a_picture_that_cannot_be_drawn_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attend_shared.command.find_spec", lambda name: None)
+    run = attend("--picture", "x.png")
+    assert run.exit_code == 2 and run.output.startswith("Error: --picture: it needs matplotlib")
+
+
 def test_a_file_in_force_that_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(avoid.VARIABLE, "no/such/file.json")
     run = attend()
     assert run.exit_code == 2
-    assert run.output.startswith("Error: ATTEND_AVOID: no/such/file.json: expected a file")
+    assert run.output.startswith("Error: ATTEND_AVOID=no/such/file.json: expected a file")
 
 
 def test_a_file_of_another_machine_is_said(few: Callable[..., None], avoiding: Callable[..., Path]) -> None:

@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 from flax import nnx
 
 from attend_jax.models import from_pretrained, generate
-from attend_shared import port
+from attend_shared import avoid, port
 from attend_shared.checkpoints import FLAX, read_weights, write
 from attend_shared.command import main
 
@@ -129,6 +129,9 @@ def test_what_cannot_be_done_is_said_in_words(source: Path, tmp_path: Path, monk
         ((source, source.parent, "--overwrite"), "expected a folder that the source is not in"),
         ((source, source, "--overwrite"), "expected another folder than the source"),
         ((source, source / "config.json"), "expected a folder, found a file"),
+        ((source, source / "config.json" / "x" / "y"), "y: expected a folder around it, found the file"),
+        ((source, tmp_path / ("x" * 300)), "it cannot be written: File name too long."),
+        ((tmp_path / ("x" * 300), tmp_path / "x"), "it cannot be read: File name too long."),
         ((source, tmp_path / "x", "--to", "torch"), "expected flax_model.safetensors or"),
     ):
         run = attend(*arguments)
@@ -145,6 +148,38 @@ def test_what_cannot_be_done_is_said_in_words(source: Path, tmp_path: Path, monk
     assert not (tmp_path / "x").exists(), "nothing is written that cannot be verified"
     with pytest.raises(ValueError, match="to: expected \"flax\" or \"torch\", got 'jax'"):
         port.port(source, tmp_path / "x", "jax")  # type: ignore[arg-type]
+
+
+def test_a_name_that_a_terminal_would_obey_is_spelt_out(source: Path, tmp_path: Path) -> None:
+    weights = {path: each.array() for path, each in read_weights(source).items()}
+    config = json.loads((source / "config.json").read_text())
+    write(tmp_path / "strange", weights | {"a\x1b[31m": np.ones(3, np.float32)}, config)
+    run = attend(tmp_path / "strange", tmp_path / "x")
+    assert run.exit_code == 2 and r"a\x1b[31m (3,): no rule takes it" in run.output
+    (tmp_path / "strange" / "model.safetensors").rename(tmp_path / "strange" / "shard.safetensors")
+    index = {"weight_map": {"\ud800": "shard.safetensors"}}
+    (tmp_path / "strange" / "model.safetensors.index.json").write_text(json.dumps(index))
+    run = attend(tmp_path / "strange", tmp_path / "x")
+    assert run.exit_code == 2 and r"not where it says: \ud800 in shard.safetensors" in run.output
+
+
+def test_a_target_that_is_a_circle_of_links_is_no_folder(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("x")
+    run = attend(source, tmp_path / "x")
+    assert run.exit_code == 2 and "x: expected a folder, found a file" in run.output
+
+
+def test_a_file_of_what_to_avoid_that_cannot_be_read_is_said(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(avoid.VARIABLE, "no/such/file.json")
+    avoid.forget()
+    try:
+        run = attend(source, tmp_path / "x", "--verify")
+    finally:
+        monkeypatch.undo()
+        avoid.forget()
+    assert run.exit_code == 2 and "ATTEND_AVOID=no/such/file.json: expected a file" in run.output
 
 
 def test_a_config_that_leaves_out_what_has_a_default_is_verified(tmp_path: Path) -> None:

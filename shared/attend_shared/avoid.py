@@ -229,7 +229,10 @@ def remember(key: Hashable, choice: Any) -> None:
 def _file() -> Avoided | None:
     if not _READ:
         path = os.environ.get(VARIABLE)
-        _READ.append(read(path) if path else None)
+        try:
+            _READ.append(read(path) if path else None)
+        except AvoidFileError as error:  # of a call, which has nothing else that says where the file comes from
+            raise AvoidFileError(f"{VARIABLE}={error}") from None
     return _READ[0]
 
 
@@ -384,8 +387,8 @@ class _Form(NamedTuple):
                 raise self.wrong(where or "the file", f"no fields but {', '.join(names)}", name)
 
     def text(self, where: str, it: Any) -> str:
-        if not isinstance(it, str):
-            raise self.wrong(where, "text", it)
+        if not isinstance(it, str) or not it.isprintable():
+            raise self.wrong(where, "text that can be printed", it)
         return it
 
     def one_of(self, where: str, it: Any, names: Iterable[str]) -> str:
@@ -413,7 +416,8 @@ class _Form(NamedTuple):
             self.one_of(f"{where}.platform", it["platform"], ("cpu", "cuda")),
             self.text(f"{where}.device", it["device"]),
             self.text(f"{where}.capability", it["capability"]),
-            {name: self.text(f"{where}.versions.{name}", version) for name, version in versions.items()},
+            {self.text(f"{where}.versions", name): self.text(f"{where}.versions.{name}", version)
+             for name, version in versions.items()},
         )
 
     def rule(self, where: str, it: Any) -> Rule:

@@ -155,7 +155,8 @@ def write(
         step: called with the bytes of each parameter once it is written.
 
     Raises:
-        CheckpointError: the folder is there and may not be replaced, or a name is not one that its kind can have.
+        CheckpointError: the folder is there and may not be replaced, a file stands where a folder around it would, or
+            a name is not one that its kind can have.
         TypeError: folder is no path, values or config no mapping, or a value of a dtype that no checkpoint has.
         OSError: it cannot be written.
 
@@ -181,6 +182,9 @@ def write(
             raise CheckpointError(f"{target}: expected a plain file name, got {name!r}.")
     text = json.dumps(dict(config), indent=2, sort_keys=True) + "\n"
     parents = [each for each in target.parents if not each.exists()]
+    around = target.parents[len(parents)]
+    if not around.is_dir():
+        raise CheckpointError(f"{target}: expected a folder around it, found the file {around}.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _write_folder(target, found, text, files or {}, stem, shard_bytes, step or (lambda size: None))

@@ -12,9 +12,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from attend_shared.parity import CHECKS, EVERYTHING, FRAMEWORKS, Difference, Res
 
 __all__ = ["main"]
 
+DIGITS = 100  # of a number; Python reads no more than 4300
 SHOWN = 5  # failures that are printed in full
 STYLES = {"ok": "green", "passed": "green", "failed": "bold red", "refused": "dim", "safe": "green", "refuses": "dim",
           "wrong": "bold red", "crashed": "bold red", "hung": "bold red", "not run": "yellow"}  # fmt: skip
@@ -44,6 +46,9 @@ class Wrong(click.ClickException):
     """What was asked for cannot be done: one line, exit status 2."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_plain(message))
 
 
 class Shape(click.ParamType):
@@ -58,6 +63,8 @@ class Shape(click.ParamType):
         parts = str(value).strip("()[] ").split(",")
         if not all(part.strip().isdecimal() for part in parts):
             self.fail(f"expected sizes like 1,8,1024,64, got {value!r}", param, ctx)
+        if any(len(part) > DIGITS for part in parts):
+            self.fail(f"expected sizes of at most {DIGITS} digits, got {max(map(len, parts))}", param, ctx)
         sizes = tuple(int(part) for part in parts)
         if math.prod(size for size in sizes if size) > SIZE_LIMIT:
             self.fail(f"expected sizes that an array can have, got {value!r}", param, ctx)
@@ -76,6 +83,8 @@ class Window(click.ParamType):
         parts = [part.strip().lower() for part in str(value).strip("() ").split(",")]
         if not all(part == "none" or part.removeprefix("-").isdecimal() for part in parts):
             self.fail(f"expected two numbers or none, like 127,0 or none,0, got {value!r}", param, ctx)
+        if any(len(part) > DIGITS for part in parts):
+            self.fail(f"expected numbers of at most {DIGITS} digits, got {max(map(len, parts))}", param, ctx)
         return tuple(None if part == "none" else int(part) for part in parts)
 
 
@@ -139,7 +148,7 @@ def parity_command(
 
     Exit status: 0 if all is as it should be, 1 if anything is not, 2 if it cannot be run.
     """  # fmt: skip
-    _check_files(json_file, html_file)
+    _check_files({"--json": json_file, "--html": html_file})
     chosen = _cases(pattern, dtypes)
     calls = wrong_calls.WRONG_CALLS if pattern in ("", CHECKS) and not implementations and not dtypes else ()
     _settle(device)
@@ -325,7 +334,7 @@ def explain_command(framework: str, device: str | None, **options: Any) -> None:
             explanation = twin.package.explain(**_arguments(shape, **options))
         except (TypeError, ValueError) as error:
             raise Wrong(str(error)) from error
-    click.echo(str(explanation))
+    click.echo(_plain(str(explanation)))
 
 
 def _arguments(
@@ -430,10 +439,12 @@ def doctor_command(
     that it takes is wrong, crashes or hangs; 2 if it cannot be run. A file that ATTEND_AVOID names has its say in what
     is taken.
     """
-    _check_files(output, picture)
+    _check_files({"--output": output, "--picture": picture})
     for file in (output, picture):
         if file is not None and file.exists() and not force:
             raise Wrong(f"{file}: there is such a file. --force replaces it.")
+    if picture is not None and find_spec("matplotlib") is None:
+        raise Wrong('--picture: it needs matplotlib, which is not installed. pip install "attend-twin[demo]"')
     _settle("" if device is None else device)
     twins, missing = _load(frameworks)
     names = [it.name for twin in twins for it in twin.table]
@@ -447,7 +458,7 @@ def doctor_command(
             parity.where(where, platform)
             missing += [note] if (note := avoid.note(framework, platform)) else []
     except avoid.AvoidFileError as error:
-        raise Wrong(f"{avoid.VARIABLE}: {error}") from error
+        raise Wrong(str(error)) from error
     except ValueError as error:
         raise Wrong(f"--device: {error}") from error
     if avoids := os.environ.get(avoid.VARIABLE):
@@ -581,7 +592,7 @@ def demo_command(folder: Path) -> None:
             except OSError as error:
                 raise _unwritten(folder, error) from error
             _write(folder / "demo.json", json.dumps(demo.as_json(found), indent=1, allow_nan=False) + "\n")
-    except demo.MissingError as error:
+    except (demo.MissingError, avoid.AvoidFileError) as error:
         raise Wrong(str(error)) from error
     _print_demo(out, found, time.perf_counter() - started)
     _say(out, f"written: {folder / 'demo.png'}, {folder / 'demo.json'}", "dim")
@@ -663,16 +674,19 @@ def port_command(source: Path, target: Path, to: Any, verified: bool, overwrite:
             port.need("torch", "transformers", "jax", "flax")
         with _progress() as progress:
             task = progress.add_task("porting", total=None)
-            done = port.port(
-                source, target, to, overwrite=overwrite,
-                step=lambda bytes_done, total: progress.update(task, completed=bytes_done, total=total),
-            )  # fmt: skip
+            try:
+                done = port.port(
+                    source, target, to, overwrite=overwrite,
+                    step=lambda bytes_done, total: progress.update(task, completed=bytes_done, total=total),
+                )  # fmt: skip
+            except OSError as error:
+                raise _unwritten(target, error) from error
         size = f"{done.parameters} parameters, {done.nbytes / 1e6:.1f} MB"
         _say(out, f"written: {target} ({size}, in {done.seconds:.1f} s)")
         if not verified:
             return
         layers = port.verify(*((source, target) if to == "flax" else (target, source)))
-    except (CheckpointError, UnsupportedError, port.MissingError, OSError) as error:
+    except (CheckpointError, UnsupportedError, port.MissingError, avoid.AvoidFileError, OSError) as error:
         raise Wrong(str(error)) from error
     table = _table(("what", "#largest", "#error", "#error of torch", "#budget", "verdict"),
                    "On random tokens in float32, against transformers in float64")  # fmt: skip
@@ -726,13 +740,28 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, 120))
 
 
-def _check_files(*files: Path | None) -> None:
-    """Before anything is computed: whether files can be where they are to be written."""
-    for file in files:
-        if file is not None and not file.name:
-            raise Wrong("a file to write: expected a name, got none.")
-        if file is not None and not file.absolute().parent.is_dir():
-            raise Wrong(f"{file}: there is no folder {file.parent} to write it to.")
+def _check_files(files: Mapping[str, Path | None]) -> None:
+    """Before anything is computed: whether files, by their options, can be where they are to be written."""
+    there: dict[str, str] = {}
+    for option, file in files.items():
+        if file is None:
+            continue
+        if not file.name:
+            raise Wrong(f"{option}: expected the name of a file to write, got none.")
+        folder = file.absolute().parent
+        try:
+            if not folder.is_dir():
+                raise Wrong(f"{file}: there is no folder {file.parent} to write it to.")
+            beside = report.beside(file)
+        except OSError as error:
+            raise _unwritten(file, error) from error
+        if not beside:
+            continue
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise Wrong(f"{file}: it cannot be written: nothing may be made in {folder}.")
+        first = there.setdefault(os.path.realpath(file), option)
+        if first != option:
+            raise Wrong(f"{option}: expected another file than that of {first}, got {file} for both.")
 
 
 def _write(path: Path, content: str | bytes, replace: bool = True) -> None:
@@ -755,9 +784,14 @@ def _progress() -> Progress:
     return Progress(*columns, *left, console=Console(stderr=True), transient=True)
 
 
+def _plain(text: str) -> str:
+    """Text with what a terminal would not show, or would obey, spelt out: names in files may be anything."""
+    return "".join(x if x.isprintable() or x in "\n\t" else ascii(x)[1:-1] for x in text)
+
+
 def _say(out: Console, text: str, style: str = "") -> None:
     """Text as it is, its lines left whole so that they can be copied."""
-    out.print(Text(text, style), soft_wrap=True)
+    out.print(Text(_plain(text), style), soft_wrap=True)
 
 
 def _table(heads: Sequence[str], title: str | None = None) -> Table:

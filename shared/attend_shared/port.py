@@ -8,6 +8,7 @@ float32 whatever they are given. What that costs is in both.)
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -98,19 +99,24 @@ def port(
         UnsupportedError: the source is not supported.
         ValueError: to is no framework.
         MissingError: JAX, Flax or safetensors is not installed.
+        OSError: the target cannot be written.
     """
     if to not in ("flax", "torch"):
         raise ValueError(f'to: expected "flax" or "torch", got {to!r}.')
     need("jax", "flax", "safetensors")
     source, target = Path(source), Path(target)
     started = time.perf_counter()
-    config = checkpoints.read_config(source)
-    if target.resolve() == source.resolve():
+    with _readable(source):
+        config = checkpoints.read_config(source)
+    here, there = (Path(os.path.realpath(folder)) for folder in (source, target))
+    if there == here:
         raise CheckpointError(f"{target}: expected another folder than the source.")
-    if target.resolve() in source.resolve().parents:  # to overwrite it would take the source away
+    if there in here.parents:  # to overwrite it would take the source away
         raise CheckpointError(f"{target}: expected a folder that the source is not in.")
     plan = import_module("attend_jax.models.loading").read_plan(config, str(source / CONFIG))
-    weights = checkpoints.read_weights(source, "model" if to == "flax" else FLAX)
+    with _readable(source):
+        weights = checkpoints.read_weights(source, "model" if to == "flax" else FLAX)
+        files = _beside(source)
     weights = plan.named(weights) if to == "flax" else weights
     try:
         values = carry(weights, plan.rules, to=to, sizes=plan.sizes, expected=plan.shapes() if to == "flax" else None)
@@ -123,7 +129,7 @@ def port(
 
         stem = FLAX if to == "flax" else "model"
         checkpoints.write(
-            target, values, config, files=_beside(source), stem=stem, overwrite=overwrite, step=advance
+            target, values, config, files=files, stem=stem, overwrite=overwrite, step=advance
         )  # fmt: skip
     except WeightsError as error:
         raise CheckpointError(f"{source}: {error}") from error
@@ -248,6 +254,15 @@ def _layer(name: str, here: np.ndarray, single: np.ndarray, exact: np.ndarray, r
     reference = float(np.abs(single - exact).max())
     budget = FACTOR * reference + ULPS * float(ulp(largest, "float32"))
     return Layer(name, tuple(here.shape), largest, float(np.abs(here - exact).max()), reference, budget)
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """What the system does not let be read is an error of the source."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or source}: it cannot be read: {error.strerror or error}.") from error
 
 
 def _beside(folder: Path) -> dict[str, bytes]:

@@ -140,6 +140,11 @@ def finite(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x for name, x in fields.items()}
 
 
+def beside(path: Path) -> bool:
+    """Whether `write` makes a new file there, so that its folder must let it; else what is there is written to."""
+    return not path.is_symlink() and (not path.exists() or path.is_file())
+
+
 def write(path: Path, content: str | bytes, replace: bool = True) -> None:
     """Write a file beside its name and rename it there, so that no one finds half of it.
 
@@ -154,15 +159,15 @@ def write(path: Path, content: str | bytes, replace: bool = True) -> None:
     if not replace and path.exists():
         raise FileExistsError(f"{path} is there")
     content = content.encode() if isinstance(content, str) else content
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    if not beside(path):
         path.write_bytes(content)
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        beside.write_bytes(content)
-        beside.replace(path)
+        partial.write_bytes(content)
+        partial.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 # The page.
