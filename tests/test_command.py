@@ -211,6 +211,8 @@ def test_who_stops_listening_waits_for_no_process() -> None:
         (("--json", "no/such/folder/parity.json"), "there is no folder"),
         (("--html", ""), "--html: expected the name of a file to write, got none"),
         (("--html", "x" * 300), "it cannot be written: File name too long"),
+        (("--case", "checks", "--implementation", "einsum"), "--case: checks are of no implementation or dtype"),
+        (("--case", "checks", "--dtype", "float32"), "--case: checks are of no implementation or dtype"),
         (("--json", "x", "--html", "x"), "--html: expected another file than that of --json, got x for both"),
         (("--device", "tpu"), "Invalid value for '--device'"),
         (("--framework", "numpy"), "Invalid value for '--framework'"),

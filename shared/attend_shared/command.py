@@ -151,6 +151,8 @@ def parity_command(
     _check_files({"--json": json_file, "--html": html_file})
     chosen = _cases(pattern, dtypes)
     calls = wrong_calls.WRONG_CALLS if pattern in ("", CHECKS) and not implementations and not dtypes else ()
+    if not chosen and not calls:
+        raise Wrong(f"--case: {CHECKS} are of no implementation or dtype. Leave --implementation and --dtype out.")
     _settle(device)
     twins, missing = _load(frameworks)
     names = [it.name for twin in twins for it in twin.table]
