@@ -318,11 +318,23 @@ def flash_attn_varlen(
     if cu_seqlens_k is cu_seqlens_q:  # segments: as one item, of pairs within the same run
         assert seqused_q is seqused_k is None
         assert not defined_padding  # which costs the filling of every result
-        out, lse = _of_runs(q, k, v, cu_seqlens_q, window_size, scale)
+        out, lse = _no_lanes(_of_runs, window_size, scale)(q, k, v, cu_seqlens_q)
     else:
         assert defined_padding
-        out, lse = _of_items(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, window_size, scale)
+        given = (q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+        out, lse = _no_lanes(_of_items, window_size, scale)(*given)
     return (out, lse) if return_lse else out
+
+
+def _no_lanes(function: Any, *options: Any) -> Any:
+    """The function with options behind its arrays, for which jax.vmap raises as the package does."""
+    batched = jax.custom_batching.custom_vmap(lambda *arrays: function(*arrays, *options))
+
+    @batched.def_vmap
+    def rule(*_: Any) -> Any:
+        raise NotImplementedError("vmap over flash_attn_varlen is not supported")
+
+    return batched
 
 
 def _of_runs(q: Any, k: Any, v: Any, starts: Any, window: tuple[int | None, int | None], scale: float) -> tuple:
@@ -363,9 +375,15 @@ def _fa4_vjp(
     assert defined_padding == (of_q is not of_k)
     if defined_padding:
         assert q_used.dtype == kv_used.dtype == jnp.int32
-        return jax.vjp(lambda *x: _of_items(*x, *bounds, window, scale)[0], q, k, v)[1](dout)
+        return _no_lanes(_pulled, _of_items, window, scale)(dout, q, k, v, *bounds)
     assert q_used is kv_used
-    return jax.vjp(lambda *x: _of_runs(*x, of_q, window, scale)[0], q, k, v)[1](dout)
+    return _no_lanes(_pulled, _of_runs, window, scale)(dout, q, k, v, of_q)
+
+
+def _pulled(dout: Any, q: Any, k: Any, v: Any, *rest: Any) -> tuple:
+    """The gradients of a function that comes behind its integers, before its options."""
+    *bounds, function, window, scale = rest
+    return jax.vjp(lambda *x: function(*x, *bounds, window, scale)[0], q, k, v)[1](dout)
 
 
 def _jax(

@@ -271,6 +271,23 @@ def test_an_lse_without_a_cotangent_leaves_jax_the_kernels_of_the_package(
             np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
+def test_lanes_of_lengths_are_items_in_jax(fakes: None) -> None:
+    """Where sequences are packed fa4-jax itself raises."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((3, 1, 2, 6, 16)), jnp.bfloat16) for _ in range(3))
+    lengths = jnp.array([[4], [6], [0]])
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+        out = attend_jax.attend(q, k, v, q_lengths=lengths, kv_lengths=lengths, implementation="fa4")
+        return jnp.sin(out.astype(jnp.float32)).sum()
+
+    gradient = jax.grad(loss, (0, 1, 2))
+    together = jax.vmap(gradient)(q, k, v, lengths)
+    apart = [gradient(*lane) for lane in zip(q, k, v, lengths, strict=True)]
+    for lanes, each in zip(together, zip(*apart, strict=True), strict=True):
+        np.testing.assert_array_equal(np.asarray(lanes, np.float32), np.asarray(jnp.stack(each), np.float32))
+
+
 @pytest.mark.parametrize("name", ["fa4", "fa3"])
 def test_lse_of_rows_without_a_key(fakes: None, name: str) -> None:
     q, k = (jnp.ones((1, 1, n, 16), jnp.bfloat16) for n in (5, 3))

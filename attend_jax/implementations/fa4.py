@@ -51,14 +51,15 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, jax.Array | None]:
     """out (b h i dv) in q's dtype, and lse (b h i) in float32 where it is asked for. Differentiable in reverse."""
     if call.is_empty:
         return einsum.attend(call, arrays)
-    hidden = call.q_lengths and not flash.counted(call)[0]
+    counted = flash.counted(call)
+    hidden = call.q_lengths and not counted[0]
     if hidden:
         arrays = hide(call, arrays)
     size = flash.size(call, PACKAGE)
     q, k, v = (padded(x, size) for x in arrays[:3])
     floats = Floats(q, k, v, None, None)
     data = arrays._replace(q=None, k=None, v=None)
-    if call.segments or call.return_lse:
+    if call.segments or call.return_lse or any(counted):
         out, lse = _attend(call, floats, data)
     else:  # the package's own derivatives
         out, lse = _forward(call, data._replace(**floats._asdict()), False)
@@ -125,8 +126,8 @@ def back(x: jax.Array, b: int = 1) -> jax.Array:
     return x.reshape(b, -1, *x.shape[1:]).swapaxes(1, 2)
 
 
-# fa4-jax raises under jax.vmap where sequences are packed; `batching` has lane go after lane. Runs leave no row out, so
-# what it writes is not filled with zeros beforehand; lengths do.
+# fa4-jax raises under jax.vmap where sequences are packed: `batching` makes lanes of lengths items, and has runs go one
+# lane after another. Runs leave no row out, so what it writes is not filled with zeros beforehand; lengths do.
 
 
 def _bounds(call: Call, arrays: Arrays) -> tuple[Any, ...] | None:
