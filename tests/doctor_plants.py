@@ -1,15 +1,17 @@
 """Attentions for the doctor to find out: some planted, some as their libraries have them. It loads them by name in
-processes of its own, so what is wrong with them is wrong there."""
+processes of its own, so what is wrong with them is wrong there. And a case for attend parity that is lost there."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
+from attend_shared.cases import Case
 from attend_shared.compare import Outcome
 from attend_shared.errors import UnsupportedError
 from attend_shared.problems import Problem
@@ -70,6 +72,28 @@ def trouble(problem: Problem, implementation: str, device: str) -> Outcome:
 def deadly(problem: Problem, implementation: str, device: str) -> Outcome:
     """Dies every time."""
     os._exit(7)
+
+
+class Lost(Case):
+    """A case in which torch's einsum dies, and JAX's hangs."""
+
+    def build(self) -> Problem:
+        problem = super().build()
+        _lose("torch", problem, lambda: os.kill(os.getpid(), signal.SIGSEGV))
+        _lose("jax", problem, lambda: time.sleep(600))
+        return problem
+
+
+def _lose(framework: str, problem: Problem, lose: Any) -> None:
+    bridge = import_module(f"attend_{framework}.bridge")
+    right = bridge.evaluate
+
+    def evaluate(asked: Problem, implementation: str, device: str) -> Outcome:
+        if asked is problem and implementation == "einsum":
+            lose()
+        return right(asked, implementation, device)
+
+    bridge.evaluate = evaluate
 
 
 def fickle(problem: Problem, implementation: str, device: str) -> Outcome:

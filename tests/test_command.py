@@ -6,19 +6,18 @@ import re
 import subprocess
 import sys
 import time
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from click.testing import CliRunner, Result
 
 import attend_jax
 import attend_torch
-from attend_shared import avoid, cases, demo, parity, report, wrong_calls
+from attend_shared import avoid, cases, demo, parity, processes, report, wrong_calls
 from attend_shared.cases import Case
 from attend_shared.command import main
+from doctor_plants import Lost
 
 FEW = ("--case", "square-float32-causal")
 JAX, TORCH = ("jax", "jaxlib", "flax"), ("torch",)
@@ -176,29 +175,73 @@ def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
     assert one == two
 
 
-def test_a_process_that_dies_is_said_in_a_line() -> None:
-    class Killed(Case):  # where a process reads it
-        def __reduce__(self) -> tuple:
-            return os._exit, (1,)
+def test_what_dies_or_hangs_in_one_of_several_processes_has_failed_and_the_rest_goes_on() -> None:
+    chosen = [cases.find(name) for name in ("square-float32-causal", "square-float32-lse", "square-float32-softcap_30")]
+    planted = [chosen[0], Lost(chosen[1].levels), chosen[2]]
+    twins, names = [parity.load(framework) for framework in parity.FRAMEWORKS], ("einsum", "rowwise", "xla", "cudnn")
+    one = list(parity.run(twins, chosen, implementations=names))
+    several = list(parity.run(twins, planted, implementations=names, jobs=2, limit=30.0))
+    assert [it.case for it in several] == planted
+    lost = {}
+    for expected, found in zip(one, several, strict=True):
+        assert len(expected.results) == len(found.results) > 3
+        for right, it in zip(expected.results, found.results, strict=True):
+            if it.implementation == "einsum" and it.case == chosen[1].name:
+                lost[it.framework] = it
+            else:
+                assert it._replace(seconds=0) == right._replace(seconds=0)
+        apart = [it for it in expected.differences if (it.case, it.first[1]) != (chosen[1].name, "einsum")]
+        assert list(found.differences) == apart
+    assert {it.verdict for it in lost.values()} == {"failed"}
+    died = str(lost["torch"].text)
+    assert died.startswith("its process was ended by signal 11") and "doctor_plants.py" in died
+    assert lost["jax"].text == "no answer in 30 s"
 
-    with patch.object(cases, "select", lambda _: (Killed(cases.CASES[0].levels),)):
-        run = attend("parity", "--framework", "torch", "--implementation", "einsum", "--jobs", "2")
-    assert run.exit_code == 2
-    assert "--jobs: one of the processes died" in run.output
+
+class Killed(Case):
+    """A case that cannot even be read where it is to be run."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (7,)
 
 
-def test_who_stops_listening_waits_for_no_process() -> None:
+def test_a_case_that_no_process_survives_is_a_failure_of_all_until_they_are_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(parity, "CRASHES", 2)
+    chosen = [Killed(each.levels) for each in cases.CASES[:2]]
+    monkeypatch.setattr(cases, "select", lambda _: (*chosen, *cases.CASES[2:3]))
+    monkeypatch.setattr(parity, "Processes", lambda jobs: processes.Processes(1))  # one after the other
+    which = "--framework", "jax", "--implementation", "einsum", "--implementation", "cudnn"
+    run = attend("parity", *which, "--jobs", "2")
+    assert run.exit_code == 1
+    assert run.output.count("its process ended with status 7") == 2
+    assert run.output.count("given up after 2 processes were lost") == 1
+    unavailable = [it for it in attend_jax.implementations() if it.name == "cudnn" and not it.available]
+    assert all(str(it.reason) in run.output for it in unavailable)
+    assert "3 refused" in run.output or not unavailable
+
+
+def test_who_stops_listening_waits_for_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     class Endless(Case):  # where a process reads it
         def __reduce__(self) -> tuple:
             return time.sleep, (600,)
 
+    children: list[Any] = []
+    start = processes.Process
+
+    def started(work: str) -> Any:
+        children.append(start(work))
+        return children[-1]
+
+    monkeypatch.setattr(processes, "Process", started)
     first = cases.find("square-float32-causal")
     reports = parity.run([parity.load("torch")], [first, Endless(first.levels)], implementations=["einsum"], jobs=2)
     assert [it.verdict for it in next(reports).results] == ["ok"]
     started = time.perf_counter()
     reports.close()
     assert time.perf_counter() - started < 60
-    assert not active_children()
+    assert len(children) == 2 and all(child._process.returncode == -9 for child in children)
 
 
 @pytest.mark.parametrize(

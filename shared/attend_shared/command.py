@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -177,16 +176,10 @@ def parity_command(
         for result in parity.call_wrongly(twins, device, calls):
             checks.append(result)
             progress.update(task, advance=1, description=CHECKS)
-        try:
-            for each in parity.run(twins, chosen, device, implementations, jobs):
-                results += each.results
-                differences += each.differences
-                progress.update(task, advance=1, description=each.case.level("shape"))
-        except BrokenProcessPool as error:
-            raise Wrong(
-                "--jobs: one of the processes died, of a crash or for want of memory. Fewer may find room; "
-                "attend doctor says which implementation crashes."
-            ) from error
+        for each in parity.run(twins, chosen, device, implementations, jobs):
+            results += each.results
+            differences += each.differences
+            progress.update(task, advance=1, description=each.case.level("shape"))
     run = report.Run(
         place, versions, tuple(missing), (*results, *checks), tuple(differences), time.perf_counter() - started
     )

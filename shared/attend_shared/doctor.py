@@ -4,26 +4,16 @@ What `attend doctor` runs. Every implementation computes in processes of its own
 GPU's context broken behind it: each of these is a finding, and the rest goes on in a fresh process. What it computed is
 judged here, by the budget of `attend_shared.compare` against the oracle. Nothing here raises because an implementation
 is wrong.
-
-    python -m attend_shared.doctor      # the other end: reads a job from standard input, answers line by line
 """
 
 from __future__ import annotations
 
-import json
-import os
 import queue
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,9 +27,10 @@ from attend_shared.compare import Budget, Mismatch, Outcome
 from attend_shared.errors import UnsupportedError
 from attend_shared.parity import Twin
 from attend_shared.problems import Problem
+from attend_shared.processes import CRASHES, START, Lost, Process, Processes
 from attend_shared.shapes import Shape
 
-__all__ = ["CRASHES", "DTYPES", "LIMIT", "PART", "QUICK_DTYPES", "START", "VERDICTS", "Finding", "Run", "Target",
+__all__ = ["DTYPES", "LIMIT", "PART", "QUICK_DTYPES", "VERDICTS", "Finding", "Run", "Target",
            "as_json", "call_of", "examine", "explain", "plan", "reasons", "rules", "targets", "work"]  # fmt: skip
 
 VERDICTS = ("safe", "refuses", "wrong", "crashed", "hung", "not run")
@@ -52,17 +43,10 @@ QUICK_DTYPES = ("bfloat16", "float32")
 LIMIT = 120.0
 """Seconds that one call may take, compiling included, before it counts as hung."""
 
-START = 300.0
-"""Seconds that a process may take until it is ready: it loads a framework, and starts a GPU."""
-
 PART = 12
 """Calls that a process runs at least, where an implementation's are shared out among several."""
 
-CRASHES = 5
-"""Processes that one implementation may lose before the rest of its calls is given up."""
-
 _BAD = ("wrong", "crashed", "hung")
-_BROKEN = 3  # the exit status of a process that another should follow
 _BEFORE = (NotImplementedError, RecursionError)
 
 
@@ -223,33 +207,32 @@ def examine(
     units.sort(key=lambda unit: (unit[0].framework != "jax", -len(unit[1])))  # what compiles longest first
     known = _Known(uses, gradients)
     found: queue.SimpleQueue[Finding | BaseException] = queue.SimpleQueue()
-    running = _Running()
 
     def run(target: Target, part: list[_Item]) -> None:
         try:
-            for finding in _examine(target, part, known, limit, running):
+            for finding in _examine(target, part, known, limit, processes):
                 found.put(finding)
         except BaseException as error:  # noqa: BLE001 (raised again below, in the thread that asked)
             found.put(error)
 
-    with ThreadPoolExecutor(max(1, jobs)) as pool:
-        try:
-            for unit in units:
-                pool.submit(run, *unit)
-            for _ in range(sum(len(part) for _, part in units)):
-                it = found.get()
-                if isinstance(it, BaseException):
-                    raise it
-                yield it
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            running.stop()
+    with Processes(jobs) as processes:
+        for unit in units:
+            processes.pool.submit(run, *unit)
+        for _ in range(sum(len(part) for _, part in units)):
+            it = found.get()
+            if isinstance(it, BaseException):
+                raise it
+            yield it
 
 
 class _Item(NamedTuple):
     canary: Canary
     dtype: str
     chosen: bool
+
+    @property
+    def asked(self) -> tuple[str, str]:
+        return self.canary.name, self.dtype
 
 
 def _finding(target: Target, item: _Item, verdict: str, **more: Any) -> Finding:
@@ -327,152 +310,54 @@ class _Known:
                 self._made.pop(key, None)
 
 
-class _Running:
-    """The processes that are running, so that all can be ended."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._processes: set[subprocess.Popen[str]] = set()
-        self.stopped = False
-
-    def add(self, process: subprocess.Popen[str]) -> None:
-        with self._lock:
-            self._processes.add(process)
-            if self.stopped:
-                process.kill()
-
-    def remove(self, process: subprocess.Popen[str]) -> None:
-        with self._lock:
-            self._processes.discard(process)
-
-    def stop(self) -> None:
-        with self._lock:
-            self.stopped = True
-            for process in self._processes:
-                process.kill()
-
-
-def _examine(target: Target, items: list[_Item], known: _Known, limit: float, running: _Running) -> Iterator[Finding]:
+def _examine(
+    target: Target, items: list[_Item], known: _Known, limit: float, processes: Processes
+) -> Iterator[Finding]:
     """Findings of one target, in as many processes as it takes."""
     lost, at = 0, 0
-    while at < len(items) and not running.stopped:
+    while at < len(items) and not processes.stopped:
         if lost == CRASHES:
             for item in items[at:]:
                 known.done(item)
                 yield _finding(target, item, "not run", text=f"given up after {CRASHES} processes were lost")
             return
-        before = at
-        with tempfile.TemporaryDirectory(prefix="attend-doctor-") as folder:
-            for finding in _process(target, items[at:], Path(folder), known, limit, running):
+        process = processes.start("attend_shared.doctor:work")
+        try:
+            for finding in _process(process, target, items[at:], known, limit):
                 known.done(items[at])
                 at += 1
                 yield finding
-        lost += 1
-        if at == before:  # it ended in peace and answered nothing
-            raise RuntimeError(f"{target.framework} {target.implementation}: a process ended without an answer")
-
-
-def _process(
-    target: Target, items: list[_Item], folder: Path, known: _Known, limit: float, running: _Running
-) -> Iterator[Finding]:
-    """Findings of one process, the one that ended it the last."""
-    job = {
-        **target._asdict(),
-        "folder": str(folder),
-        "items": [(item.canary.name, item.dtype) for item in items],
-    }
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
-    with open(folder / "stderr", "w+", errors="replace") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", "attend_shared.doctor"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True,
-            env={**os.environ, "PYTHONPATH": paths},
-        )  # fmt: skip
-        running.add(process)
-        try:
-            assert process.stdin is not None
-            with suppress(BrokenPipeError):  # it died at once: said below, by its exit status
-                process.stdin.write(json.dumps(job) + "\n")
-                process.stdin.flush()  # and stays open: where it closes, the process ends
-            answers = _answers(process)
-            ready = _next(answers, START)
-            for place, item in enumerate(items):
-                answer = ready and _next(answers, limit)
-                if answer is None:
-                    seconds = START if ready is None else limit
-                    text = f"no answer in {seconds:g} s"
-                    yield _finding(target, item, "hung", text=text, results=("hung",), seconds=seconds)
-                    return
-                if not answer:
-                    status = _status(process)
-                    if status == _BROKEN:  # it has said so, and what it was
-                        return
-                    text = _died(status, stderr)
-                    yield _finding(target, item, "crashed", text=text, results=("crashed",))
-                    return
-                yield _judge(target, item, answer, folder / f"{place}.npz", known)
         finally:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                with suppress(OSError):  # what it did not read any more
-                    if pipe is not None:
-                        pipe.close()
-            running.remove(process)
+            processes.end(process)
+        lost += 1
 
 
-def _answers(process: subprocess.Popen[str]) -> queue.SimpleQueue[dict[str, Any]]:
-    """What a process says, line by line; an empty answer where it has ended."""
-    said: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    stdout = process.stdout
-    assert stdout is not None
-
-    def listen() -> None:
+def _process(process: Process, target: Target, items: list[_Item], known: _Known, limit: float) -> Iterator[Finding]:
+    """Findings of one process, the one that ended it the last. It computes the next while one is judged."""
+    process.ask(target)
+    process.ask(items[0].asked)
+    for place, item in enumerate(items):
+        for ahead in items[place + 1 : place + 2]:
+            process.ask(ahead.asked)
         try:
-            for line in stdout:
-                said.put(json.loads(line))
-        except ValueError:  # half a line, or a pipe that was closed: it has died
-            pass
-        said.put({})
-
-    threading.Thread(target=listen, daemon=True).start()
-    return said
-
-
-def _next(answers: queue.SimpleQueue[dict[str, Any]], limit: float) -> dict[str, Any] | None:
-    """The next answer, or None where there is none in time."""
-    try:
-        return answers.get(timeout=limit)
-    except queue.Empty:
-        return None
+            if not place:
+                process.answer(START)
+            answer = process.answer(limit)
+        except Lost as lost:
+            yield _finding(target, item, lost.how, text=str(lost), results=(lost.how,), seconds=lost.seconds)
+            return
+        yield _judge(target, item, answer, known)
+        if answer.get("broken"):
+            return
 
 
-def _status(process: subprocess.Popen[str]) -> int:
-    """How a process ended that answers no more; one that does not end is ended."""
-    try:
-        return process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
-def _died(status: int, stderr: Any) -> str:
-    """How a process ended, with the last of what it said."""
-    stderr.seek(0)
-    lines = [line.rstrip() for line in stderr.read().splitlines() if line.strip()]
-    head = f"its process was ended by signal {-status}" if status < 0 else f"its process ended with status {status}"
-    return "\n  ".join([head, *(line[:200] for line in lines[-12:])])
-
-
-def _judge(target: Target, item: _Item, answer: dict[str, Any], file: Path, known: _Known) -> Finding:
+def _judge(target: Target, item: _Item, answer: dict[str, Any], known: _Known) -> Finding:
     seconds = float(answer["seconds"])
     if "refused" in answer:
         return _finding(target, item, "refuses", text=answer["refused"], seconds=seconds)
     if "raised" in answer:
         return _finding(target, item, "crashed", text=answer["raised"], results=("crashed",), seconds=seconds)
-    with np.load(file) as arrays:
-        held = {name: np.asarray(arrays[name], np.float64) for name in arrays.files}
-    file.unlink()
+    held = {name: np.asarray(x, np.float64) for name, x in answer["held"].items()}
     problem, budgets = known.get(item)
     judged = {name: x for name, x in held.items() if name in budgets}
     gradients = {name[1:]: x for name, x in judged.items() if name not in ("out", "lse")}
@@ -489,64 +374,48 @@ def _judge(target: Target, item: _Item, answer: dict[str, Any], file: Path, know
             wrong = tuple(name for name in budgets if any(line.startswith(f"{name} (") for line in text.splitlines()))
     except Mismatch as mismatch:  # something is missing or of another shape
         text, wrong = str(mismatch), tuple(budgets)
-    bits = None if answer["bits"] is None else tuple(answer["bits"])
-    more = {"results": wrong, "share": share, "bits": bits, "seconds": seconds}
+    more = {"results": wrong, "share": share, "bits": answer["bits"], "seconds": seconds}
     return _finding(target, item, "wrong" if wrong else "safe", text=text, **more)
 
 
-def work() -> None:
-    """The other end: compute what a job on standard input asks for, and answer line by line on standard output.
+def work(asked: Iterator[Any], say: Callable[[dict[str, Any]], None]) -> None:
+    """The other end: compute canaries on a target.
 
-    Everything else that is printed goes to standard error. Where a kernel has failed on a GPU nothing that follows in
-    this process can be trusted, so it ends. So it does when standard input is closed, as where whoever asked has died.
+    Args:
+        asked: the target, then names of canaries with a dtype.
+        say: is told that all is ready, then what came of each canary. Where a kernel has failed on a GPU nothing that
+            follows in this process can be trusted, which is said.
     """
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=_mourn, daemon=True).start()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(**said: Any) -> None:
-        answers.write(json.dumps(said) + "\n")
-        answers.flush()
-
-    module, _, function = (job["evaluate"] or f"attend_{job['framework']}.bridge:evaluate").partition(":")
+    target: Target = next(asked)
+    module, _, function = (target.evaluate or f"attend_{target.framework}.bridge:evaluate").partition(":")
     evaluate: Callable[..., Outcome] = getattr(import_module(module), function)
-    if job["platform"] != "cpu":  # what a first call has to start there is no call's own time
-        bridge = import_module(f"attend_{job['framework']}.bridge")
-        bridge.evaluate(canaries.find("one key").build("float32"), "einsum", job["platform"])
-    answer(ready=True)
-    for place, (name, dtype) in enumerate(job["items"]):
+    if target.platform != "cpu":  # what a first call has to start there is no call's own time
+        bridge = import_module(f"attend_{target.framework}.bridge")
+        bridge.evaluate(canaries.find("one key").build("float32"), "einsum", target.platform)
+    say({"ready": True})
+    for name, dtype in asked:
         canary = canaries.find(name)
         problem = canary.build(dtype)
         started = time.perf_counter()
         try:
-            outcome = evaluate(problem, job["implementation"], job["platform"])
-            again = evaluate(problem, job["implementation"], job["platform"]) if canary.repeat else None
+            outcome = evaluate(problem, target.implementation, target.platform)
+            again = evaluate(problem, target.implementation, target.platform) if canary.repeat else None
         except UnsupportedError as error:
             refused = "; ".join(reason for _, reason in error.reasons)
-            answer(refused=refused, seconds=time.perf_counter() - started)
+            say({"refused": refused, "seconds": time.perf_counter() - started})
             continue
         except Exception as error:  # noqa: BLE001 (whatever an implementation raises is its result)
-            answer(raised=f"{type(error).__name__}: {error}"[:4000], seconds=time.perf_counter() - started)
+            seconds = time.perf_counter() - started
             # What a framework's runtime raises; what Python raised before a kernel ran has broken nothing.
-            if job["platform"] != "cpu" and isinstance(error, RuntimeError) and not isinstance(error, _BEFORE):
-                answers.close()
-                os._exit(_BROKEN)
+            broken = target.platform != "cpu" and isinstance(error, RuntimeError) and not isinstance(error, _BEFORE)
+            say({"raised": f"{type(error).__name__}: {error}"[:4000], "seconds": seconds, "broken": broken})
             continue
         seconds = time.perf_counter() - started
         held = _held(outcome)
         bits = None
         if again is not None:
-            bits = [name for name, x in _held(again).items() if x.tobytes() != held[name].tobytes()]
-        np.savez(Path(job["folder"]) / f"{place}.npz", **held)  # type: ignore[arg-type]
-        answer(seconds=seconds, bits=bits)
-
-
-def _mourn() -> None:
-    """Wait for the end of standard input, past Python's own locks, and end."""
-    while os.read(0, 1):
-        pass
-    os._exit(1)
+            bits = tuple(name for name, x in _held(again).items() if x.tobytes() != held[name].tobytes())
+        say({"seconds": seconds, "bits": bits, "held": held})
 
 
 def _held(outcome: Outcome) -> dict[str, np.ndarray]:
@@ -628,7 +497,3 @@ def _put(into: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 def _number(x: float) -> float | str:
     return float(f"{x:.3g}") if np.isfinite(x) else "inf"
-
-
-if __name__ == "__main__":
-    work()

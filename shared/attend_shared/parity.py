@@ -11,11 +11,10 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
-from functools import cache
 from importlib import import_module, metadata
-from multiprocessing import active_children, get_context
+from queue import SimpleQueue
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,11 +24,12 @@ from attend_shared.cases import FEATURES, Case, Problem
 from attend_shared.choice import Explanation, Implementation
 from attend_shared.compare import Budget, Mismatch, Outcome, Row
 from attend_shared.errors import UnsupportedError
+from attend_shared.processes import CRASHES, START, Lost, Process, Processes
 from attend_shared.wrong_calls import WrongCall
 
-__all__ = ["CHECKS", "EVERYTHING", "FRAMEWORKS", "INSTALL", "Difference", "MissingError", "Report", "Result", "Summary",
-           "Twin", "call_wrongly", "difference", "examine", "explain", "hold", "load", "reasons", "refusals", "run",
-           "shapes", "share", "summarise", "versions", "where"]  # fmt: skip
+__all__ = ["CHECKS", "EVERYTHING", "FRAMEWORKS", "INSTALL", "LIMIT", "Difference", "MissingError", "Report", "Result",
+           "Summary", "Twin", "call_wrongly", "difference", "examine", "explain", "hold", "load", "reasons", "refusals",
+           "run", "shapes", "share", "summarise", "versions", "where", "work"]  # fmt: skip
 
 FRAMEWORKS = ("torch", "jax")
 INSTALL = {name: f'pip install "attend-twin[{name}]"' for name in FRAMEWORKS}
@@ -39,6 +39,9 @@ EVERYTHING = "everything"
 
 CHECKS = "checks"
 """Stands for an implementation in the results of wrong calls, which no implementation ever sees."""
+
+LIMIT = 600.0
+"""Seconds that one implementation may take for one case, in one of several processes, before it counts as hung."""
 
 _PACKAGES = {"torch": ("torch",), "jax": ("jax", "jaxlib", "flax")}
 # Implementations that play one role in their frameworks, besides those of one name.
@@ -175,6 +178,7 @@ def run(
     device: str = "cpu",
     implementations: Sequence[str] = (),
     jobs: int = 1,
+    limit: float = LIMIT,
 ) -> Iterator[Report]:
     """Run cases, one report after the other.
 
@@ -183,40 +187,90 @@ def run(
         cases: for example `attend_shared.cases.CASES`, or what `select` gives.
         device: "cpu" or "cuda".
         implementations: names; none are all.
-        jobs: how many processes run them. One is this process; several load the frameworks of twins anew.
+        jobs: how many processes run them. One is this process; several load the frameworks of twins anew. What dies or
+            hangs in one of several has failed, and the rest goes on in a fresh process.
+        limit: seconds that one implementation may take for one case, in one of several processes.
 
     Yields:
         A report for each case, in their order. Whoever stops listening closes it, and ends with it what still runs.
-
-    Raises:
-        concurrent.futures.process.BrokenProcessPool: one of several processes died.
     """
     if jobs == 1:
         for case in cases:
             yield examine(case, twins, device, implementations)
         return
-    others = active_children()
-    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:  # a fork of what has threads may wait for ever
-        frameworks = tuple(twin.framework for twin in twins)
-        waiting = [pool.submit(_examine, case, frameworks, device, implementations) for case in cases]
-        try:
-            for each in waiting:
-                yield each.result()
-        except BaseException:  # whoever stops listening does not wait for what still runs
-            for process in active_children():
-                if process not in others:
-                    process.kill()
-            raise
+    job = tuple(twin.framework for twin in twins), device, implementations
+    table = [(twin, it) for twin in twins for it in twin.table if it.name in implementations or not implementations]
+    able = [(twin.framework, it.name) for twin, it in table if it.available]
+    losses: Counter[tuple[str, str]] = Counter()
+    idle: SimpleQueue[Process | None] = SimpleQueue()
+    for _ in range(jobs):
+        idle.put(None)  # one that has not been started
+
+    def there(case: Case) -> Report:
+        lost = {key: f"given up after {CRASHES} processes were lost" for key in able if losses[key] >= CRASHES}
+        while len(lost) < len(able):
+            known = idle.get()
+            process = known or processes.start("attend_shared.parity:work")
+            at = found = None
+            try:
+                if known is None:
+                    process.ask(job)
+                    process.answer(START)
+                process.ask((case, lost))
+                while found is None:
+                    at, found = process.answer(limit)
+            except Lost as error:
+                processes.end(process)
+                idle.put(None)
+                if processes.stopped:
+                    raise
+                for key in able if at is None else [at]:  # all, where the case could not even be made
+                    lost.setdefault(key, str(error))
+                    losses[key] += 1
+            else:
+                idle.put(process)
+                return Report(case, *found)
+        return Report(case, tuple(_lost(case, twin, it, lost) for twin, it in table), ())
+
+    with Processes(jobs) as processes:
+        for each in [processes.pool.submit(there, case) for case in cases]:
+            yield each.result()
 
 
-def _examine(case: Case, frameworks: tuple[str, ...], device: str, implementations: Sequence[str]) -> Report:
-    """`examine` in a process of its own."""
-    return examine(case, _twins(frameworks), device, implementations)
+def _lost(case: Case, twin: Twin, it: Implementation, lost: Mapping[tuple[str, str], str]) -> Result:
+    """The result of an implementation in a case of which nothing is left to run."""
+    verdict, text = ("failed", lost[twin.framework, it.name]) if it.available else ("refused", it.reason)
+    return Result(twin.framework, it.name, case.name, case.features, verdict, text, 0.0, "", (), 0.0)
 
 
-@cache
-def _twins(frameworks: tuple[str, ...]) -> tuple[Twin, ...]:
-    return tuple(load(framework) for framework in frameworks)
+def work(asked: Iterator[Any], say: Callable[[Any], None]) -> None:
+    """The other end of `run`, where several processes share the cases.
+
+    Args:
+        asked: names of frameworks, device and implementations; then cases, each with what is lost: texts, by framework
+            and implementation, of what is not to be run again.
+        say: is told that all is ready; then for each case, in pairs with None, each framework and implementation that
+            begins to run, and the results and differences.
+    """
+    frameworks, device, implementations = next(asked)
+    twins = [load(framework) for framework in frameworks]
+    say(None)
+    for case, lost in asked:
+        watched = [twin._replace(bridge=SimpleNamespace(evaluate=_watched(twin, lost, say))) for twin in twins]
+        say((None, examine(case, watched, device, implementations)[1:]))
+
+
+def _watched(twin: Twin, lost: Mapping[tuple[str, str], str], say: Callable[[Any], None]) -> Callable[..., Outcome]:
+    """The evaluate of a twin, which says what begins to run, and runs nothing that is lost."""
+
+    def evaluate(problem: Problem, implementation: str, device: str) -> Outcome:
+        key = twin.framework, implementation
+        if key in lost:
+            raise Lost(lost[key])
+        say((key, None))
+        return twin.bridge.evaluate(problem, implementation, device)
+
+    return evaluate
 
 
 def examine(case: Case, twins: Sequence[Twin], device: str = "cpu", implementations: Sequence[str] = ()) -> Report:
@@ -296,6 +350,8 @@ def _evaluate(
         outcome = twin.bridge.evaluate(problem, implementation.name, device)
     except UnsupportedError as error:
         verdict, text = "refused", "; ".join(reason for _, reason in error.reasons)
+    except Lost as lost:
+        verdict, text = "failed", str(lost)
     except Exception as error:  # noqa: BLE001 (whatever an implementation raises is its result)
         verdict, text = "failed", _raised(error)
     seconds = time.perf_counter() - started
