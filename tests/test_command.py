@@ -162,7 +162,9 @@ def test_cases_are_chosen_by_name_by_words_and_by_dtype(monkeypatch: pytest.Monk
     assert chosen() == [case.name for case in cases.CASES]
 
 
-def test_several_processes_give_what_one_gives(tmp_path: Path) -> None:
+def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("attend_shared.command.processors", lambda: 2)
+
     def found(jobs: int) -> dict[str, Any]:
         file = tmp_path / f"{jobs}.json"
         which = "--case", "square float32 causal", "--framework", "torch", "--implementation", "einsum"
@@ -198,6 +200,26 @@ def test_what_dies_or_hangs_in_one_of_several_processes_has_failed_and_the_rest_
     assert lost["jax"].text == "no answer in 30 s"
 
 
+@pytest.mark.parametrize(("asked", "there", "used"), [(999, 2, 2), (3, 4, 3), (2, 2, 2), (2, 1, 1), (None, 9, None)])
+@pytest.mark.parametrize(("name", "function", "default"), [("parity", "run", 1), ("doctor", "examine", 4)])
+def test_there_are_at_most_as_many_processes_as_processors(
+    name: str, function: str, default: int, asked: int | None, there: int, used: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    taken: list[int] = []
+
+    def fake(*given: Any, jobs: int = 0, **_: Any) -> list[Any]:
+        taken.append(jobs or given[4])
+        return []
+
+    monkeypatch.setattr(f"attend_shared.{name}.{function}", fake)
+    monkeypatch.setattr("attend_shared.command.processors", lambda: there)
+    few = FEW if name == "parity" else ("--device", "cpu")
+    run = attend(name, "--framework", "torch", *few, *(() if asked is None else ("--jobs", str(asked))))
+    assert taken == [used or default]
+    assert (f"--jobs {asked}: {there}, one for each processor" in run.output) == (asked is not None and asked > there)
+
+
 class Killed(Case):
     """A case that cannot even be read where it is to be run."""
 
@@ -209,6 +231,7 @@ def test_a_case_that_no_process_survives_is_a_failure_of_all_until_they_are_give
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parity, "CRASHES", 2)
+    monkeypatch.setattr("attend_shared.command.processors", lambda: 2)
     chosen = [Killed(each.levels) for each in cases.CASES[:2]]
     monkeypatch.setattr(cases, "select", lambda _: (*chosen, *cases.CASES[2:3]))
     monkeypatch.setattr(parity, "Processes", lambda jobs: processes.Processes(1))  # one after the other

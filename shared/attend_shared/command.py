@@ -31,6 +31,7 @@ from attend_shared.cases import Case
 from attend_shared.checkpoints import SIZE_LIMIT, CheckpointError
 from attend_shared.errors import UnsupportedError
 from attend_shared.parity import CHECKS, EVERYTHING, FRAMEWORKS, Difference, Result, Summary, Twin
+from attend_shared.processes import processors
 
 __all__ = ["main"]
 
@@ -128,7 +129,10 @@ def main() -> None:
     help="Only this case; or those in whose name or features every word of PATTERN occurs, and no !word; "
     f'or "{CHECKS}": only the calls that must raise.',
 )
-@click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that share the cases.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True,
+    help="Processes that share the cases, at most one for each processor.",
+)  # fmt: skip
 @click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to this file."
 )
@@ -167,6 +171,7 @@ def parity_command(
     for line in (place, ", ".join(f"{name} {version}" for name, version in versions.items()), *missing):
         _say(out, line, "dim")
 
+    jobs = _jobs(out, jobs)
     started = time.perf_counter()
     results: list[Result] = []
     checks: list[Result] = []
@@ -408,7 +413,10 @@ def _int(text: str) -> int:
 )
 @click.option("--force", is_flag=True, help="Replace the files of --output and --picture.")
 @click.option("--picture", type=click.Path(dir_okay=False, path_type=Path), help="Draw it as a PNG; needs matplotlib.")
-@click.option("--jobs", type=click.IntRange(1), help="Processes at a time. Default: one for every two processors.")
+@click.option(
+    "--jobs", type=click.IntRange(1),
+    help="Processes at a time, at most one for each processor. Default: one for every two.",
+)  # fmt: skip
 @click.option(
     "--limit", type=click.FloatRange(0, min_open=True), default=doctor.LIMIT, show_default=True,
     help="Seconds that a call may take before it counts as hung.",
@@ -470,10 +478,10 @@ def doctor_command(
     them = doctor.targets(twins, platforms, implementations)
     pairs = doctor.plan(dtypes or (doctor.QUICK_DTYPES if quick else doctor.DTYPES), quick)
     findings: list[doctor.Finding] = []
-    processes = jobs or max(1, (os.cpu_count() or 1) // 2)
+    jobs = _jobs(out, jobs or max(1, processors() // 2))
     with _progress() as progress:
         task = progress.add_task("doctor", total=len(them) * len(pairs))
-        for finding in doctor.examine(them, pairs, jobs=processes, limit=limit, gradients=not forward):
+        for finding in doctor.examine(them, pairs, jobs=jobs, limit=limit, gradients=not forward):
             findings.append(finding)
             progress.update(task, advance=1, description=f"{finding.framework} {finding.implementation}")
     order = {(it.framework, it.implementation): n for n, it in enumerate(them)}
@@ -733,6 +741,14 @@ def _console() -> Console:
     """Standard output; what is not a terminal has no width to keep to."""
     console = Console(highlight=False, soft_wrap=False)
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, 120))
+
+
+def _jobs(out: Console, jobs: int) -> int:
+    """How many processes to start: each has a framework or two in memory, and more than processors gain nothing."""
+    there = processors()
+    if jobs > there:
+        _say(out, f"--jobs {jobs}: {there}, one for each processor", "dim")
+    return min(jobs, there)
 
 
 def _check_files(files: Mapping[str, Path | None]) -> None:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-__all__ = ["CRASHES", "START", "Lost", "Process", "Processes", "main"]
+__all__ = ["CRASHES", "START", "Lost", "Process", "Processes", "main", "processors"]
 
 START = 300.0
 """Seconds that a process may take until it is ready: it loads a framework, and starts a GPU."""
@@ -167,6 +167,11 @@ class Processes:
         self.pool.shutdown()
         for process in self._running:
             process.close()
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> None:
