@@ -543,6 +543,8 @@ def test_what_is_wrong_but_not_taken_is_no_failure(few: Callable[..., None]) -> 
         (("--picture", ""), "--picture: expected the name of a file to write, got none"),
         (("--output", "x", "--picture", "./x"), "--picture: expected another file than that of --output, got x"),
         (("--limit", "0"), "Invalid value for '--limit'"),
+        (("--limit", "nan"), "--limit: expected at most 9223372036 seconds, got nan"),
+        (("--limit", "inf"), "--limit: expected at most 9223372036 seconds, got inf"),
         (("--dtype", "float8"), "Invalid value for '--dtype'"),
     ],
 )

@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -442,6 +443,8 @@ def doctor_command(
     that it takes is wrong, crashes or hangs; 2 if it cannot be run. A file that ATTEND_AVOID names has its say in what
     is taken.
     """
+    if not limit <= threading.TIMEOUT_MAX:  # NaN is not, either
+        raise Wrong(f"--limit: expected at most {threading.TIMEOUT_MAX:.0f} seconds, got {limit:g}.")
     _check_files({"--output": output, "--picture": picture})
     for file in (output, picture):
         if file is not None and file.exists() and not force:
