@@ -88,6 +88,8 @@ def test_there_and_back(source: Path, tmp_path: Path) -> None:
 
 def test_a_ported_folder_is_read_as_well(source: Path, tmp_path: Path) -> None:
     port.port(source, tmp_path / "flax")
+    run = attend(tmp_path / "flax", tmp_path / "again")
+    assert run.exit_code == 2 and 'found those of flax_model. Pass to="torch", or --to torch' in run.output
     ids = np.array([[9, 8, 7]])
     one, other = from_pretrained(source), from_pretrained(tmp_path / "flax")
     if hasattr(one, "patches"):
@@ -132,7 +134,7 @@ def test_what_cannot_be_done_is_said_in_words(source: Path, tmp_path: Path, monk
         ((source, source / "config.json" / "x" / "y"), "y: expected a folder around it, found the file"),
         ((source, tmp_path / ("x" * 300)), "it cannot be written: File name too long."),
         ((tmp_path / ("x" * 300), tmp_path / "x"), "it cannot be read: File name too long."),
-        ((source, tmp_path / "x", "--to", "torch"), "expected flax_model.safetensors or"),
+        ((source, tmp_path / "x", "--to", "torch"), 'found those of model. Pass to="flax", or --to flax'),
     ):
         run = attend(*arguments)
         assert run.exit_code == 2, run.output

@@ -114,8 +114,12 @@ def port(
     if there in here.parents:  # to overwrite it would take the source away
         raise CheckpointError(f"{target}: expected a folder that the source is not in.")
     plan = import_module("attend_jax.models.loading").read_plan(config, str(source / CONFIG))
+    stem, other, turned = ("model", FLAX, "torch") if to == "flax" else (FLAX, "model", "flax")
     with _readable(source):
-        weights = checkpoints.read_weights(source, "model" if to == "flax" else FLAX)
+        if not checkpoints.has_weights(source, stem) and checkpoints.has_weights(source, other):
+            expected = f"expected {stem}.safetensors or {stem}.safetensors.index.json, found those of {other}"
+            raise CheckpointError(f'{source}: {expected}. Pass to="{turned}", or --to {turned}, to go the other way.')
+        weights = checkpoints.read_weights(source, stem)
         files = _beside(source)
     weights = plan.named(weights) if to == "flax" else weights
     try:
@@ -127,9 +131,8 @@ def port(
             done += more
             step(done, total)
 
-        stem = FLAX if to == "flax" else "model"
         checkpoints.write(
-            target, values, config, files=files, stem=stem, overwrite=overwrite, step=advance
+            target, values, config, files=files, stem=other, overwrite=overwrite, step=advance
         )  # fmt: skip
     except WeightsError as error:
         raise CheckpointError(f"{source}: {error}") from error
