@@ -453,6 +453,38 @@ def test_gradients_of_one_key_are_within_budget_for_any_number_of_queries(dtype:
         assert not dq.any() and not dk.any()
 
 
+@pytest.mark.parametrize("which", ["lengths", "key mask", "mask", "mask of queries", "segments"])
+def test_rows_that_see_one_key_have_no_part_in_dk(which: str) -> None:
+    """Beside others that see more, whose gradients are einsum's; what is NaN stays so."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 64, generator=draw).requires_grad_() for n in (512, 512, 512))
+    one = torch.arange(512) == 3
+    rows = torch.stack([one.expand(512, 512), torch.rand(512, 512, generator=draw) < 0.5])[:, None]
+    options: dict[str, Any] = {
+        "lengths": {"kv_lengths": torch.tensor([1, 400])},
+        "key mask": {"mask": torch.stack([one, ~one])},
+        "mask": {"mask": rows},
+        "mask of queries": {"mask": rows[:, :, :, 3:4], "kv_lengths": torch.tensor([1, 9])},
+        "segments": {"q_segment_ids": torch.arange(512).clamp(max=1).expand(2, 512),
+                     "kv_segment_ids": torch.stack([one.long(), torch.arange(512).clamp(max=1)])},
+    }[which]  # fmt: skip
+    weights = torch.randn(2, 2, 512, 64, generator=draw)
+
+    def gradients(implementation: str) -> tuple[torch.Tensor, ...]:
+        out = attend(q, k, v, implementation=implementation, **options)
+        return out, *torch.autograd.grad(out, (q, k, v), weights)
+
+    ours, theirs = gradients("sdpa"), gradients("einsum")
+    for mine, its in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-4, atol=1e-4)
+    empty = theirs[2] == 0
+    assert empty.any()
+    assert not ours[2][empty].any()
+    poisoned = q.detach().index_fill(2, torch.tensor([5]), torch.nan)
+    found, wanted = (attend(poisoned, k, v, implementation=name, **options)[:, :, 5] for name in ("sdpa", "einsum"))
+    assert torch.equal(found.isnan(), wanted.isnan())
+
+
 def test_merge_under_func() -> None:
     q, k, v = (x.double() for x in qkv())
 

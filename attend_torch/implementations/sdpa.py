@@ -121,11 +121,22 @@ def attend(call: Call, arrays: Arrays) -> tuple[torch.Tensor, None]:
     if needs_mask := _needs_mask(call):
         arrays = hide(call, arrays)
         mask = _mask(call, arrays)
+        if mask is not None and arrays.bias is None and call.platform == "cpu" and call.gradient and call.dtype in FULL:
+            arrays = _without_lone(call, arrays, mask)
     causal = call.right == 0 and not needs_mask
     out = F.scaled_dot_product_attention(
         arrays.q, arrays.k, arrays.v, mask, is_causal=causal, scale=call.scale, enable_gqa=_grouped(call)
     )
     return hide_rows(call, arrays, out) if call.q_lengths else out, None
+
+
+def _without_lone(call: Call, arrays: Arrays, mask: torch.Tensor) -> Arrays:
+    """With 0 for the queries that see one key alone, on whose logit nothing depends; NaN stays.
+
+    Their dp is delta, of which torch's kernel leaves the last bits: dk sums these, over the queries.
+    """
+    keys = mask.sum(-1, keepdim=True) * (1 if mask.shape[-1] == call.j else call.j)  # (b|1, h|1, i|1, 1)
+    return arrays._replace(q=torch.where(keys == 1, 0 * arrays.q, arrays.q))
 
 
 def _grouped(call: Call) -> bool:
