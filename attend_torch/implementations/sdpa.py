@@ -136,7 +136,7 @@ def _without_lone(call: Call, arrays: Arrays, mask: torch.Tensor) -> Arrays:
     Their dp is delta, of which torch's kernel leaves the last bits: dk sums these, over the queries.
     """
     keys = mask.sum(-1, keepdim=True) * (1 if mask.shape[-1] == call.j else call.j)  # (b|1, h|1, i|1, 1)
-    return arrays._replace(q=torch.where(keys == 1, 0 * arrays.q, arrays.q))
+    return arrays._replace(q=arrays.q * (keys != 1))
 
 
 def _grouped(call: Call) -> bool:
