@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from attend_shared.kernels import cache_folder
 from attend_shared.kernels.launch import Blocks, Launch
 from attend_shared.kernels.sizes import INTERPRETED
 from attend_torch.tape import current_device, empty_on, picks
@@ -109,6 +110,7 @@ def run(kernels: Kernels, arrays: dict[str, Tensor]) -> None:
     if sent is not None:
         arrays.update(zip(kernels.made, sent(driver, device, given, places), strict=True))
         return
+    cache_folder.restore()
     kernels.compiled[key] = compiled = [_launcher(kernel(arrays), kernel) for kernel in kernels]
     place_of: dict[str | None, int] = {None: 0} | {name: n for n, name in enumerate(kernels.names, 1)}
     kernels.sent[key] = _sent(kernels, compiled, place_of, len(places), kernels.made)

@@ -1,6 +1,7 @@
 """FlexAttention: what is handed to it, proved on a CPU by a stand-in that works as its kernels do."""
 
 import gc
+import os
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from attend_shared import cases, compare
 from attend_shared.call import Arrays, check
 from attend_shared.cases import Case
 from attend_shared.errors import UnsupportedError
+from attend_shared.kernels import cache_folder
 from attend_shared.wrong_calls import WRONG_RESULTS, WrongCall
 from attend_torch import attend, bridge, explain, programs
 from attend_torch.arrays import FRAMEWORK
@@ -204,6 +206,36 @@ def test_it_says_what_it_does_not_take(x: Tensor, options: dict[str, Any], words
     reasons = dict(explain(x, x, x, **options).rows)
     assert reasons["flex"] == words
     assert reasons["einsum"] is None
+
+
+def test_gradients_in_float32_that_its_kernels_sum_or_round_otherwise_are_refused() -> None:
+    x, table = draw(1, 2, 8, 16).requires_grad_(), torch.ones(2, requires_grad=True)
+
+    def reason(dtype: torch.dtype = torch.float32, **options: Any) -> str:
+        q, table_of = x.detach().to(dtype).requires_grad_(), table.detach().to(dtype).requires_grad_()
+        if "score_fn" in options:
+            options["score_fn"] = lambda s, b, h, i, j: s * table_of[h]
+        given = Arrays(q, q, q, bias=options.pop("bias", None))
+        call = check(FRAMEWORK, given, False, None, None, None, 0.0, False, "bhnd", None, **options)
+        return flex._sums_one_by_one(call) or flex.refusal(call._replace(platform="cuda")) or ""
+
+    assert "pair by pair" in reason(score_fn=True)
+    assert "beside a bias" in reason(bias=torch.zeros(1, 2, 8, 8))
+    with torch.no_grad():
+        assert reason(score_fn=True) == reason(bias=torch.zeros(1, 2, 8, 8)) == ""
+    for dtype in (torch.float16, torch.bfloat16):
+        assert reason(dtype, score_fn=True) == reason(dtype, bias=torch.zeros(1, 2, 8, 8, dtype=dtype)) == ""
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_its_kernel_for_few_queries_is_not_given_groups_of_heads(
+    grouped: bool, on_cpu: list[tuple[flex.Plan, bool]]
+) -> None:
+    """Which read beside the heads of 8 queries, 8 heads and 2 heads of keys."""
+    q = draw(1, 8, 8, 16)
+    k = q[:, :2] if grouped else q
+    attend(q, k, k, implementation="flex")
+    assert ("FORCE_USE_FLEX_ATTENTION" in flex.kernel_options(on_cpu[-1][0], 2**17)) == grouped
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -431,6 +463,16 @@ def test_a_compiler_takes_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         for n in (20, 24, 30, 33):
             torch.testing.assert_close(run("flex", n), run("einsum", n), rtol=1e-4, atol=1e-5)
     assert flex.compiled.cache_info().currsize == 2
+
+
+def test_its_compiler_finds_a_folder_where_jax_triton_left_none(
+    on_cpu: list[tuple[flex.Plan, bool]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(cache_folder.VARIABLE, "")
+    x = draw(1, 2, 8, 16)
+    attend(x, x, x, implementation="flex")
+    assert on_cpu
+    assert cache_folder.VARIABLE not in os.environ
 
 
 @pytest.mark.parametrize("turned", [False, True])

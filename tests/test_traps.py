@@ -24,12 +24,13 @@ from attend_jax import convert as jax_convert
 from attend_jax.arrays import SHAPES
 from attend_jax.implementations import cudnn
 from attend_shared import compare, oracle, philox
-from attend_shared.call import Arrays, check
+from attend_shared.call import Arrays, Call, check
 from attend_shared.cases import Problem
 from attend_shared.compare import Mismatch, Outcome
 from attend_shared.dtypes import round_to
 from attend_shared.errors import UnsupportedError
 from attend_torch import convert as torch_convert
+from attend_torch.implementations import sdpa as torch_sdpa
 
 FRAMEWORKS = ("torch", "jax")
 both_frameworks = pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -324,8 +325,8 @@ def test_cudnn_in_jax_refuses_what_it_means_otherwise() -> None:
             options = causal, None, None, scale, 0.0, False, "bhnd", None
             return cudnn.refusal(check(SHAPES, Arrays(q, k, k, **arrays), *options))
 
-    assert refusal() is refusal(causal=True) is refusal(scale=-0.5) is None
-    assert refusal(causal=True, scale=-0.5) is not None  # NaN
+    assert refusal() is refusal(causal=True) is None
+    assert None not in (refusal(scale=-0.5), refusal(causal=True, scale=-0.5))  # NaN
     assert refusal(q=jax.ShapeDtypeStruct((2, 4, 1, 64), jnp.bfloat16)) is None
     assert refusal(k=jax.ShapeDtypeStruct((2, 4, 65, 64), jnp.bfloat16)) is not None  # its gradient raises
     assert refusal(mask=jax.ShapeDtypeStruct((2, 64), jnp.bool_)) is not None
@@ -416,6 +417,16 @@ def test_the_scale_is_not_rounded_into_q(framework: str) -> None:
 def test_a_scale_of_0_or_less_with_is_causal(framework: str, scale: float) -> None:
     it = problem(is_causal=True, scale=scale)
     hold(framework, it, changed(it, scale=0.35))
+
+
+@pytest.mark.parametrize("refusal", [torch_sdpa.refusal, cudnn.refusal], ids=["sdpa", "cudnn"])
+def test_kernels_on_a_gpu_that_take_a_scale_above_0_are_given_no_other(refusal: Callable[[Call], str | None]) -> None:
+    """With or without a mask: they fill what is behind the last key before they scale, which nothing here can run."""
+    q = jax.ShapeDtypeStruct((1, 2, 24, 32), jnp.float16)
+    usual = check(SHAPES, Arrays(q, q, q), False, None, None, 0.2, 0.0, False, "bhnd", None)._replace(platform="cuda")
+    assert refusal(usual) is None
+    for scale in (0.0, -1.0):
+        assert "takes a scale > 0" in (refusal(usual._replace(scale=scale)) or "")
 
 
 @both_frameworks

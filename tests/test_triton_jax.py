@@ -1,6 +1,8 @@
 """Triton's kernels in JAX: batching, cotangents and shard_map, with stand-ins for what is launched."""
 
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,7 @@ from attend_jax.arrays import FRAMEWORK as JAX
 from attend_jax.implementations import einsum as jax_einsum
 from attend_jax.implementations import triton as jax_triton
 from attend_shared.call import Arrays, Call, canonical, check
+from attend_shared.kernels import cache_folder
 
 
 def by_einsum(call: Call, arrays: Arrays) -> tuple:
@@ -184,3 +187,19 @@ def test_in_a_shard_map_results_vary_as_inputs_do_in_jax(monkeypatch: pytest.Mon
     sharded = jax.shard_map(gradients, mesh=mesh, in_specs=(*specs, PartitionSpec("x")), out_specs=specs)
     found = jax.eval_shape(sharded, *given, jax.ShapeDtypeStruct((2, 2), jnp.uint32))
     assert [x.shape for x in found] == [x.shape for x in given]
+
+
+@pytest.mark.parametrize("folder", [None, "", "/where/they/are"])
+def test_what_importing_jax_triton_does_to_triton_elsewhere_is_undone(
+    folder: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It empties TRITON_CACHE_DIR, with which Triton compiles nothing in the rest of the process."""
+    (tmp_path / "jax_triton.py").write_text(f'import os\nos.environ["{cache_folder.VARIABLE}"] = ""\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "jax_triton", raising=False)
+    monkeypatch.delenv(cache_folder.VARIABLE, raising=False)
+    if folder is not None:
+        monkeypatch.setenv(cache_folder.VARIABLE, folder)
+    jax_triton.run([], {"q": jnp.zeros(1)})
+    assert sys.modules.pop("jax_triton").__file__ == str(tmp_path / "jax_triton.py")
+    assert os.environ.get(cache_folder.VARIABLE) == (folder or None)

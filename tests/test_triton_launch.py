@@ -6,6 +6,7 @@ for those on a GPU. What the kernels compute is for test_triton.py.
 
 import contextlib
 import gc
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from attend_shared.call import Arrays, Call, canonical, check
+from attend_shared.kernels import cache_folder
 from attend_torch import again, launches
 from attend_torch.arrays import FRAMEWORK
 from attend_torch.implementations import triton
@@ -37,6 +39,8 @@ class Machine:
 
     def compile(self, names: list[str], *arguments: Any, num_warps: int, num_stages: int, **constants: Any) -> Any:
         """What kernel[grid] is: it compiles for its arguments, which have these names, and launches."""
+        if os.environ.get(cache_folder.VARIABLE) == "":
+            raise RuntimeError("Could not create or locate cache dir")  # as Triton does
         self.seen.append(("compiled", (*arguments, *(constants[name] for name in names if name in constants))))
         run = SimpleNamespace(
             launch=lambda *given: self.seen.append(("launched", given)), global_scratch_size=0, profile_scratch_size=0,
@@ -117,6 +121,13 @@ def test_what_was_compiled_is_launched_with_addresses_in_the_places_of_arrays(ma
     assert [(arguments[n] is q, given[n]) for n in inputs[3:]] == [(True, 0)] * len(inputs[3:])  # what it has not got
     assert [given[n] for n in results[:2]] == [out.data_ptr(), lse.data_ptr()]
     assert all(given[n] == x for n, x in enumerate(arguments) if n not in places)
+
+
+def test_triton_compiles_where_jax_triton_left_it_no_folder(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache_folder.VARIABLE, "")
+    attend(*(draw(1, 2, 16, 64) for _ in range(3)))
+    assert [what for what, _ in machine.seen] == ["compiled"]
+    assert cache_folder.VARIABLE not in os.environ
 
 
 ids = torch.zeros(1, 16, dtype=torch.int32)

@@ -33,8 +33,8 @@ def refusal(call: Call) -> str | None:
         return "a bias of -inf is not exactly no key there"
     if call.segments:
         return "segments would become a q_len x kv_len mask"
-    if call.scale <= 0 and call.masked:
-        return "it fills what is ruled out before it scales, which takes a scale > 0"
+    if call.scale <= 0:
+        return "it fills what is ruled out, and what is behind the last key, before it scales, which takes a scale > 0"
     if call.positional and not xla.is_aligned(call):
         return "its causal and window are top-left, so a q_offset other than 0 would need a mask"
     if call.left is not None and call.right != 0:

@@ -25,6 +25,7 @@ from attend_jax.implementations import einsum
 from attend_jax.implementations.blockwise import Floats
 from attend_jax.machine import capability
 from attend_shared.call import Arrays, Call
+from attend_shared.kernels import cache_folder
 from attend_shared.kernels import plan as plans
 from attend_shared.kernels.gluon_plan import runs_gluon
 from attend_shared.kernels.launch import LOG2E, Launch, Layout
@@ -195,7 +196,8 @@ def _pair_strides(x: Array | None) -> tuple[int, ...] | None:
 
 def run(launches: Sequence[Launch], arrays: dict[str, Array]) -> None:
     """Run the launches in order, their outputs put among the arrays."""
-    import jax_triton
+    with cache_folder.kept():
+        import jax_triton
 
     nothing = arrays["q"]
     for launch in launches:

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from attend_shared import blocks
 from attend_shared.blocks import Seen
 from attend_shared.call import FAR, Arrays, Call
+from attend_shared.kernels import cache_folder
 from attend_torch import programs
 from attend_torch.arrays import hide, hide_rows
 from attend_torch.implementations import einsum
@@ -81,7 +82,19 @@ def refusal(call: Call) -> str | None:
     """Why FlexAttention cannot serve this call, or None."""
     if call.platform != "cuda":
         return "it runs on an NVIDIA GPU"
-    return cannot(call)
+    if call.dtype == "float32" and call.biased_gradient:  # forward and back do not round scores alike
+        return "its float32 gradients beside a bias miss the error budget where scores are large"
+    return cannot(call) or _sums_one_by_one(call)
+
+
+def _sums_one_by_one(call: Call) -> str | None:
+    """Why a gradient of what score_fn captures would be off in float32, or None, of a call that can be followed."""
+    if call.dtype != "float32" or not _is_followed(call) or not torch.is_grad_enabled():
+        return None
+    score, _ = programs.lift(call)
+    if score is None or not any(x.requires_grad for x in score.captured):
+        return None
+    return "it sums the gradient of what score_fn captures pair by pair, and misses float32's error budget"
 
 
 def cannot(call: Call) -> str | None:
@@ -102,7 +115,7 @@ def cannot(call: Call) -> str | None:
         return "it is a compiled program, and cannot become a part of another"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it cannot be called inside torch.func"
-    if call.custom and not call.is_empty and (call.platform != "cuda" or torch.cuda.is_available()):
+    if _is_followed(call):
         try:
             score, _ = programs.lift(call)
         except Untraceable as reason:
@@ -112,6 +125,11 @@ def cannot(call: Call) -> str | None:
                 dtype = str(x.dtype).removeprefix("torch.")
                 return f"the gradient of a {dtype} array that score_fn captures {rounded} {call.dtype}"
     return None
+
+
+def _is_followed(call: Call) -> bool:
+    """Whether there is a function to be followed, and where."""
+    return call.custom and not call.is_empty and (call.platform != "cuda" or torch.cuda.is_available())
 
 
 class Data(NamedTuple):
@@ -153,6 +171,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor | None]:
     """out (b h i dv) in q's dtype, and lse (b h i) in float32 where it is asked for. First derivatives, in reverse."""
     if call.is_empty:
         return einsum.attend(call, arrays)
+    cache_folder.restore()
     score, mask = programs.lift(call)
     device = arrays.q.device
     arrays = _dense(call, arrays)
@@ -209,6 +228,10 @@ def kernel_options(plan: Plan, memory: int) -> dict[str, Any]:
     tiles would ask for more than there is.
     """
     options: dict[str, Any] = {"FLOAT32_PRECISION": "'ieee'"} if plan.call.dtype == "float32" else {}
+    if plan.call.h != plan.call.hk:
+        # Its kernel for few queries takes the heads of a group together: it reads beside them where queries and heads
+        # fill its tile, and finds no tile for more than 64 queries.
+        options["FORCE_USE_FLEX_ATTENTION"] = True
     entries, wide = _bytes_of_pairs(plan), 4 if plan.call.dtype == "float32" else 2
     if not entries:
         return options

@@ -62,6 +62,8 @@ def refusal(call: Call) -> str | None:
         return f"it adds a bias in q's dtype, and a {call.bias_dtype} bias would be rounded to {call.dtype}"
     if call.is_empty:
         return "some of its kernels take no empty arrays"
+    if call.platform == "cuda" and call.scale <= 0:
+        return "its kernels on a GPU fill what is behind the last key before they scale, which takes a scale > 0"
     if call.platform == "cuda" and call.dtype == "float32":
         return "its float32 products on a GPU are put together from shorter ones, and miss the error budget"
     if call.biased_gradient and (call.platform == "cuda" or not call.bias_gradient):
