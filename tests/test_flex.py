@@ -217,7 +217,9 @@ def test_gradients_in_float32_that_its_kernels_sum_or_round_otherwise_are_refuse
             options["score_fn"] = lambda s, b, h, i, j: s * table_of[h]
         given = Arrays(q, q, q, bias=options.pop("bias", None))
         call = check(FRAMEWORK, given, False, None, None, None, 0.0, False, "bhnd", None, **options)
-        return flex._sums_one_by_one(call) or flex.refusal(call._replace(platform="cuda")) or ""
+        if "score_fn" in options:  # followed on a CPU
+            return flex.cannot(call, kernels=True) or ""
+        return flex.refusal(call._replace(platform="cuda")) or ""
 
     assert "pair by pair" in reason(score_fn=True)
     assert "beside a bias" in reason(bias=torch.zeros(1, 2, 8, 8))
@@ -231,7 +233,7 @@ def test_gradients_in_float32_that_its_kernels_sum_or_round_otherwise_are_refuse
 def test_its_kernel_for_few_queries_is_not_given_groups_of_heads(
     grouped: bool, on_cpu: list[tuple[flex.Plan, bool]]
 ) -> None:
-    """Which read beside the heads of 8 queries, 8 heads and 2 heads of keys."""
+    """In torch 2.11 it is wrong for 8 queries of 8 heads on 2."""
     q = draw(1, 8, 8, 16)
     k = q[:, :2] if grouped else q
     attend(q, k, k, implementation="flex")

@@ -82,23 +82,13 @@ def refusal(call: Call) -> str | None:
     """Why FlexAttention cannot serve this call, or None."""
     if call.platform != "cuda":
         return "it runs on an NVIDIA GPU"
-    if call.dtype == "float32" and call.biased_gradient:  # forward and back do not round scores alike
+    return cannot(call, kernels=True)
+
+
+def cannot(call: Call, kernels: bool = False) -> str | None:
+    """The same, wherever it runs; with `kernels`, what those of a GPU get wrong as well."""
+    if kernels and call.dtype == "float32" and call.biased_gradient:  # forward and back do not round scores alike
         return "its float32 gradients beside a bias miss the error budget where scores are large"
-    return cannot(call) or _sums_one_by_one(call)
-
-
-def _sums_one_by_one(call: Call) -> str | None:
-    """Why a gradient of what score_fn captures would be off in float32, or None, of a call that can be followed."""
-    if call.dtype != "float32" or not _is_followed(call) or not torch.is_grad_enabled():
-        return None
-    score, _ = programs.lift(call)
-    if score is None or not any(x.requires_grad for x in score.captured):
-        return None
-    return "it sums the gradient of what score_fn captures pair by pair, and misses float32's error budget"
-
-
-def cannot(call: Call) -> str | None:
-    """The same, wherever it runs."""
     if call.dtype == "float64":
         return "it has no float64"
     rounded = "would be made of an output rounded to"
@@ -115,21 +105,18 @@ def cannot(call: Call) -> str | None:
         return "it is a compiled program, and cannot become a part of another"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "it cannot be called inside torch.func"
-    if _is_followed(call):
+    if call.custom and not call.is_empty and (call.platform != "cuda" or torch.cuda.is_available()):
         try:
             score, _ = programs.lift(call)
         except Untraceable as reason:
             return str(reason)
-        for x in score.captured if score and half and torch.is_grad_enabled() else ():
-            if x.requires_grad and x.dtype != getattr(torch, call.dtype):
+        for x in score.captured if score and torch.is_grad_enabled() else ():
+            if x.requires_grad and kernels and not half:
+                return "it sums the gradient of what score_fn captures pair by pair, and misses float32's error budget"
+            if x.requires_grad and half and x.dtype != getattr(torch, call.dtype):
                 dtype = str(x.dtype).removeprefix("torch.")
                 return f"the gradient of a {dtype} array that score_fn captures {rounded} {call.dtype}"
     return None
-
-
-def _is_followed(call: Call) -> bool:
-    """Whether there is a function to be followed, and where."""
-    return call.custom and not call.is_empty and (call.platform != "cuda" or torch.cuda.is_available())
 
 
 class Data(NamedTuple):
@@ -229,8 +216,8 @@ def kernel_options(plan: Plan, memory: int) -> dict[str, Any]:
     """
     options: dict[str, Any] = {"FLOAT32_PRECISION": "'ieee'"} if plan.call.dtype == "float32" else {}
     if plan.call.h != plan.call.hk:
-        # Its kernel for few queries takes the heads of a group together: it reads beside them where queries and heads
-        # fill its tile, and finds no tile for more than 64 queries.
+        # In torch 2.11 its kernel for few queries, which takes the heads of a group together, was wrong for 8 queries
+        # of 8 heads on 2, and found no tile for 65 queries.
         options["FORCE_USE_FLEX_ATTENTION"] = True
     entries, wide = _bytes_of_pairs(plan), 4 if plan.call.dtype == "float32" else 2
     if not entries:
