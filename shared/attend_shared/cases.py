@@ -261,6 +261,8 @@ _TRAPS = (
     "tiles_tall bfloat16 causal offset_end",
     "tiles_tall float32 window offset_0 lengths_both",
     "causal scale_negative",
+    "bfloat16 scale_0",
+    "bfloat16 scale_negative mask_empty_rows",
     "softcap_2 bias_full",
     "bias_lowest mask_key causal",
     "mask_empty_rows sinks_own lse",
