@@ -297,6 +297,34 @@ def test_huge_logits_have_a_largest(framework: str, options: dict[str, Any]) -> 
 
 
 @both_frameworks
+@pytest.mark.parametrize("size", [1e30, -1e30])
+def test_a_sink_keeps_its_share_among_huge_logits(framework: str, size: float) -> None:
+    """Two keys and the sink share a row: a weight made of lse, in which log(3) is lost, would be 1."""
+    bias = np.array([size, size, -2e30, -np.inf, -np.inf], np.float32).reshape(1, 1, 1, 5)
+    it = problem(bias=bias, sinks=np.full(4, size, np.float32), lse=True)
+    truth = oracle.evaluate(it)
+    by_lse = truth._replace(gradients=truth.gradients | {"sinks": 3 * truth.gradients["sinks"]})
+    hold(framework, it, by_lse, gradients=True)
+
+
+@both_frameworks
+@pytest.mark.parametrize("sink", [1e5 + 0.3, 1e8 + 3, 1e30])
+def test_a_sink_finer_than_the_logits_is_rounded_there_and_back(framework: str, sink: float) -> None:
+    """float64 beside float32: less what it was rounded to, it is no 0."""
+    it = problem(sinks=np.array([sink, 0.5, -sink, -np.inf]), lse=True)
+    it = it._replace(dtypes=it.dtypes | {"sinks": "float64"})
+    truth = oracle.evaluate(it)
+    with np.errstate(over="ignore"):
+        off = np.exp([sink - float(np.float32(sink)), 0, 0, 0])
+    hold(
+        framework,
+        it,
+        truth._replace(gradients=truth.gradients | {"sinks": off * truth.gradients["sinks"]}),
+        gradients=True,
+    )
+
+
+@both_frameworks
 def test_a_finite_bias_is_never_outranked_by_a_mask(framework: str) -> None:
     """Key 0 is masked, key 1 has the lowest finite bias: key 1 takes all the weight."""
     bias = np.zeros((1, 1, 5, 2), np.float32)

@@ -54,7 +54,7 @@ def compute(
     if may is not None:
         s = jnp.where(may, s, -jnp.inf)
     sink = jnp.full((), -jnp.inf, wide) if arrays.sinks is None else arrays.sinks.astype(wide)[:, None]
-    p, lse = _softmax(s, sink)
+    p, _, lse = _softmax(s, sink)
     if call.dropout:
         keep = philox.keep_mask(arrays.dropout_seed, call.b, call.h, call.i, call.j, call.dropout, first)
         p = jnp.where(keep, p, 0) / (1 - call.dropout)
@@ -74,22 +74,25 @@ def times(s: jax.Array, factor: float) -> jax.Array:
 
 
 @jax.custom_jvp
-def _softmax(s: jax.Array, sink: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """exp(s - lse) and lse of logits (b h i j), an empty row giving zeros and -inf (or its sink, (h 1))."""
+def _softmax(s: jax.Array, sink: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """exp(s - lse), exp(sink - lse) and lse of logits (b h i j), an empty row giving zeros and -inf.
+
+    With a sink, (h 1), it gives that. The second of them is for derivatives: not by lse, which loses log(total) where
+    logits are huge.
+    """
     top = jnp.maximum(s.max(-1, initial=-jnp.inf), sink)
     top = jnp.where(top == -jnp.inf, 0, top)  # a shift, so any constant serves; -inf - -inf would be NaN
-    weights = jnp.exp(s - top[..., None])
-    total = weights.sum(-1) + jnp.exp(sink - top)
+    weights, weight = jnp.exp(s - top[..., None]), jnp.exp(sink - top)
+    total = weights.sum(-1) + weight
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    return weights / total[..., None], jnp.where(empty, -jnp.inf, jnp.log(total) + top)
+    return weights / total[..., None], weight / total, jnp.where(empty, -jnp.inf, jnp.log(total) + top)
 
 
 @_softmax.defjvp
 def _softmax_jvp(primals: tuple, tangents: tuple) -> tuple:
     """Said outright, it keeps one array of (i, j) for the way back instead of four."""
-    (s_dot, sink_dot), (p, lse) = tangents, _softmax(*primals)
-    sink_weight = jnp.exp(primals[1] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
-    lse_dot = (p * s_dot).sum(-1) + sink_weight * sink_dot
+    (s_dot, sink_dot), (p, p_sink, lse) = tangents, _softmax(*primals)
+    lse_dot = (p * s_dot).sum(-1) + p_sink * sink_dot
     lse_dot = jnp.where(lse == -jnp.inf, 0, lse_dot)  # 0 already, but not what comes back through it: 0 * inf is NaN
-    return (p, lse), (p * (s_dot - lse_dot[..., None]), lse_dot)
+    return (p, p_sink, lse), (p * (s_dot - lse_dot[..., None]), p_sink * (sink_dot - lse_dot), lse_dot)

@@ -658,6 +658,7 @@ def _backward(
         dbias = dbias.to(data.bias.dtype)
     dsinks = data.q.new_empty(0)
     if data.sinks is not None:
-        weight = (data.sinks.double()[:, None] - m).exp() * (inverse * slope)  # (b h i)
+        sinks = data.sinks.to(tiles.wide).double()  # as m has it: a float64 sink was rounded on the way forward
+        weight = (sinks[:, None] - m).exp() * (inverse * slope)  # (b h i)
         dsinks = weight.sum((0, 2)).to(data.sinks.dtype)
     return dq, dk, dv, dbias, dsinks
