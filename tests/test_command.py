@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,91 @@ def test_an_exception_is_a_failure_with_its_text(monkeypatch: pytest.MonkeyPatch
     assert "RuntimeError: no &lt;b&gt;memory&lt;/b&gt; [left]" in text and "<b>memory" not in text
 
 
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("verdict", ["ok", "failed"])
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_a_run_that_is_stopped_loses_nothing_and_passes_for_no_whole_one(
+    number: int, status: int, verdict: str, swallowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = cases.CASES[:5]
+
+    def examine(case: Case, *_: Any) -> parity.Report:
+        it = parity.Result("torch", "einsum", case.name, case.features, verdict, None, 0.5, "out", (), 0.0)
+        if case == chosen[2]:
+            try:
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt:  # as a framework may, which makes an error of it
+                if not swallowed:
+                    raise
+        return parity.Report(case, (it,), ())
+
+    monkeypatch.setattr(parity, "examine", examine)
+    monkeypatch.setattr(cases, "select", lambda _: chosen)
+    file, page = tmp_path / "parity.json", tmp_path / "parity.html"
+    which = "--framework", "torch", "--implementation", "einsum"
+    run = attend("parity", *which, "--json", file, "--html", page)
+    assert run.exit_code == status, run.output
+    words = f"{'FAILED, ' if verdict == 'failed' else ''}stopped after 2 of 5 cases: "
+    assert words in run.output and "torch einsum" in run.output and f"written: {page}" in run.output
+    assert "passed" not in run.output + file.read_text() + page.read_text()
+    found = json.loads(file.read_text())
+    assert found["verdict"] == ("failed" if verdict == "failed" else "stopped")
+    assert found["stopped"] == {"done": 2, "of": 5}
+    assert [it["case"] for it in found["results"]] == [case.name for case in chosen[:2]]
+    assert words in page.read_text()
+    assert sorted(tmp_path.iterdir()) == [page, file]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "what comes later ends the command"
+
+
+def test_a_whole_run_is_marked_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "examine", lambda case, *_: parity.Report(case, (), ()))
+    assert attend("parity", *FEW, "--framework", "torch", "--json", tmp_path / "x.json").exit_code == 0
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert (found["verdict"], found["stopped"]) == ("passed", None)
+
+
+def test_ctrl_c_before_anything_runs_is_no_failure_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(framework: str) -> parity.Twin:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parity, "load", load)
+    assert attend("parity", *FEW).exit_code == 130
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity, "examine", lambda case, *_: os.kill(os.getpid(), signal.SIGINT))
+    write = Path.write_bytes
+
+    def half(self: Path, content: bytes) -> None:
+        write(self, content[: len(content) // 2])
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    assert attend("parity", *FEW, "--framework", "torch", "--json", tmp_path / "x.json").exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ctrl_c_at_a_terminal_reaches_no_process_of_a_run() -> None:
+    process = processes.Process("attend_shared.parity:work")
+    try:
+        assert os.getpgid(process._process.pid) == process._process.pid
+    finally:
+        process.close()
+
+
+@pytest.mark.parametrize(("name", "status"), [("INT", 130), ("TERM", 143)])
+def test_a_benchmark_ends_with_the_command(
+    name: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nsleep 0.2\nkill -{name} $PPID\nexec sleep 60\n")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert attend("bench", "--device", "cpu").exit_code == status
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 def test_wrong_calls_are_run_by_name_and_with_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     run = attend("parity", "--case", parity.CHECKS)
     assert run.exit_code == 0, run.output
@@ -183,6 +270,7 @@ def test_what_dies_or_hangs_in_one_of_several_processes_has_failed_and_the_rest_
     twins, names = [parity.load(framework) for framework in parity.FRAMEWORKS], ("einsum", "rowwise", "xla", "cudnn")
     one = list(parity.run(twins, chosen, implementations=names))
     several = list(parity.run(twins, planted, implementations=names, jobs=2, limit=20.0))
+    several.sort(key=lambda it: planted.index(it.case))
     assert [it.case for it in several] == planted
     lost = {}
     for expected, found in zip(one, several, strict=True):
@@ -208,9 +296,9 @@ def test_there_are_at_most_as_many_processes_as_processors(
 ) -> None:  # fmt: skip
     taken: list[int] = []
 
-    def fake(*given: Any, jobs: int = 0, **_: Any) -> list[Any]:
+    def fake(*given: Any, jobs: int = 0, **_: Any) -> Iterator[Any]:
         taken.append(jobs or given[4])
-        return []
+        yield from ()
 
     monkeypatch.setattr(f"attend_shared.{name}.{function}", fake)
     monkeypatch.setattr("attend_shared.command.processors", lambda: there)
@@ -259,7 +347,7 @@ def test_who_stops_listening_waits_for_no_process(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(processes, "Process", started)
     first = cases.find("square-float32-causal")
-    reports = parity.run([parity.load("torch")], [first, Endless(first.levels)], implementations=["einsum"], jobs=2)
+    reports = parity.run([parity.load("torch")], [Endless(first.levels), first], implementations=["einsum"], jobs=2)
     assert [it.verdict for it in next(reports).results] == ["ok"]
     started = time.perf_counter()
     reports.close()
@@ -487,9 +575,13 @@ def test_what_cannot_be_written_is_said_in_a_line(
 ) -> None:
     place = tmp_path / "file" / "new"
     if command == "demo":
-        monkeypatch.setattr(demo, "run", lambda step: None)
+        monkeypatch.setattr(demo, "run", lambda step: pytest.fail("it is said before anything runs"))
         (tmp_path / "file").touch()
         run = attend(command, "--out", place)
+        assert run.exit_code == 2
+        words = f"Error: {tmp_path / 'file' / 'demo.png'}: there is no folder {tmp_path / 'file'} to write it to."
+        assert run.output.strip() == words
+        return
     else:
         monkeypatch.setattr(parity, "examine", lambda case, *_: parity.Report(case, (), ()))
         (tmp_path / "file").mkdir()

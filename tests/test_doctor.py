@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -526,6 +527,34 @@ def test_the_command_says_writes_and_is_not_asked_twice(
     assert "safe: all that implementation=None takes is right here, but 1 of what it does not take is not" in run.output
     assert f"{avoid.VARIABLE}={file} has its say" in run.output
     assert avoid.read(tmp_path / "again.json").rules == held.rules, "what is avoided is still found"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_is_stopped_prints_all_it_found_and_writes_nothing(
+    number: int, status: int, few: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few(*(plant("right", f"mine {n}") for n in range(7)))
+
+    def examine(them: list[Target], pairs: list[Any], **_: Any) -> Iterator[Finding]:
+        for it in them:
+            yield Finding(*it[:1], "cpu", it.implementation, "float32", "one key", "wrong", "dq is wrong", ("dq",))
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    file, picture = tmp_path / "machine.json", tmp_path / "machine.png"
+    file.write_text("a whole one")
+    run = attend("--output", file, "--picture", picture, "--force")
+    assert run.exit_code == status, run.output
+    assert "stopped after 7 of 14 calls, not known to be safe" in run.output
+    assert run.output.count("dq is wrong") == 7, "no file has the rest"
+    assert "safe: all" not in run.output and "export" not in run.output
+    assert f"not written, as the run is not whole: {file}" in run.output
+    assert file.read_text() == "a whole one" and not picture.exists()
+
+
+def test_a_stopped_run_makes_no_file_of_what_to_avoid() -> None:
+    with pytest.raises(ValueError, match="expected a whole one, got one that was stopped after 3 of 9 calls"):
+        doctor.as_json(doctor.Run("a CPU", (), (), (), True, 1.0, (3, 9)))
 
 
 def test_what_is_wrong_but_not_taken_is_no_failure(few: Callable[..., None]) -> None:

@@ -639,9 +639,9 @@ def test_the_command_says_where_the_benchmarks_are(monkeypatch: pytest.MonkeyPat
 
     def record(arguments: list[str], env: dict[str, str]) -> SimpleNamespace:
         ran.append((arguments[1:], env["PYTHONPATH"].split(os.pathsep)[0]))
-        return SimpleNamespace(returncode=3)
+        return SimpleNamespace(wait=lambda: 3, kill=lambda: None)
 
-    monkeypatch.setattr(attend_command.subprocess, "run", record)
+    monkeypatch.setattr(attend_command.subprocess, "Popen", record)
     result = CliRunner().invoke(attend_command.main, ["bench", "--device", "cuda", "--minutes", "1"])
     assert result.exit_code == 3
     assert ran == [(["-m", "benchmarks.gpu", "--minutes", "1"], str(ROOT))]

@@ -9,11 +9,13 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +33,7 @@ from attend_shared.call import DTYPES, LAYOUTS, NAMES
 from attend_shared.cases import Case
 from attend_shared.checkpoints import SIZE_LIMIT, CheckpointError
 from attend_shared.errors import UnsupportedError
-from attend_shared.parity import CHECKS, EVERYTHING, FRAMEWORKS, Difference, Result, Summary, Twin
+from attend_shared.parity import CHECKS, EVERYTHING, FRAMEWORKS, Result, Summary, Twin
 from attend_shared.processes import processors
 
 __all__ = ["main"]
@@ -96,7 +98,19 @@ def _version() -> str:
         return "not installed as a distribution"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(click.Group):
+    """Where Ctrl-C is not the command's own to deal with, its exit status is 130, as of any program."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Aborted!", err=True)
+            raise SystemExit(128 + signal.SIGINT) from None
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(_version(), prog_name="attend")
 def main() -> None:
     """One attention call with one answer in PyTorch and in JAX."""
@@ -150,7 +164,10 @@ def parity_command(
 ) -> None:
     """Run every case on every implementation, against the oracle and across the frameworks.
 
-    Exit status: 0 if all is as it should be, 1 if anything is not, 2 if it cannot be run.
+    Stopped by Ctrl-C or SIGTERM it prints and writes what it has found until then, marked as not whole.
+
+    Exit status: 0 if all is as it should be, 1 if anything is not, 2 if it cannot be run; 130 (Ctrl-C) or 143 (SIGTERM)
+    if it was stopped.
     """  # fmt: skip
     _check_files({"--json": json_file, "--html": html_file})
     chosen = _cases(pattern, dtypes)
@@ -174,21 +191,27 @@ def parity_command(
 
     jobs = _jobs(out, jobs)
     started = time.perf_counter()
-    results: list[Result] = []
+    found: list[parity.Report] = []
     checks: list[Result] = []
-    differences: list[Difference] = []
-    with _progress() as progress:
-        task = progress.add_task("parity", total=len(chosen) + len(calls) * len(twins))
+    total = len(chosen) + len(calls) * len(twins)
+    with _stoppable() as stopped, _progress() as progress:
+        task = progress.add_task("parity", total=total)
         for result in parity.call_wrongly(twins, device, calls):
             checks.append(result)
             progress.update(task, advance=1, description=CHECKS)
-        for each in parity.run(twins, chosen, device, implementations, jobs):
-            results += each.results
-            differences += each.differences
-            progress.update(task, advance=1, description=each.case.level("shape"))
+        with closing(parity.run(twins, chosen, device, implementations, jobs)) as reports:
+            for each in reports:
+                if stopped:  # what a framework made of it is no result
+                    break
+                found.append(each)
+                progress.update(task, advance=1, description=each.case.level("shape"))
+    order = {case: n for n, case in enumerate(chosen)}
+    found.sort(key=lambda each: order[each.case])
     run = report.Run(
-        place, versions, tuple(missing), (*results, *checks), tuple(differences), time.perf_counter() - started
-    )
+        place, versions, tuple(missing), (*(it for each in found for it in each.results), *checks),
+        tuple(it for each in found for it in each.differences), time.perf_counter() - started,
+        _stopped(stopped, len(found) + len(checks), total),
+    )  # fmt: skip
 
     _print_run(out, run)
     if json_file is not None:
@@ -198,6 +221,8 @@ def parity_command(
     for file in (json_file, html_file):
         if file is not None:
             _say(out, f"written: {file}", "dim")
+    if run.stopped:
+        raise SystemExit(128 + stopped[0])
     if run.failures:
         raise SystemExit(1)
 
@@ -274,7 +299,7 @@ def _print_run(out: Console, run: report.Run) -> None:
         _say(out, f"again: {report.repeat(result)}\n", "dim")
     if len(run.failures) > SHOWN:
         _say(out, f"and {len(run.failures) - SHOWN} more, all of them in the files of --json and --html\n")
-    _say(out, run.verdict, STYLES["failed" if run.failures else "ok"])
+    _say(out, run.verdict, STYLES["failed" if run.failures else "not run" if run.stopped else "ok"])
 
 
 def _cells(row: Summary) -> tuple[str | Text, ...]:
@@ -440,8 +465,8 @@ def doctor_command(
     Each implementation runs in processes of its own, so that one that crashes or hangs is a finding like any other.
 
     Exit status: 0 if everything that implementation=None takes is right here, whatever else is wrong; 1 if something
-    that it takes is wrong, crashes or hangs; 2 if it cannot be run. A file that ATTEND_AVOID names has its say in what
-    is taken.
+    that it takes is wrong, crashes or hangs; 2 if it cannot be run; 130 (Ctrl-C) or 143 (SIGTERM) if it was stopped,
+    when it prints what it has found and writes no file. A file that ATTEND_AVOID names has its say in what is taken.
     """
     if not limit <= threading.TIMEOUT_MAX:  # NaN is not, either
         raise Wrong(f"--limit: expected at most {threading.TIMEOUT_MAX:.0f} seconds, got {limit:g}.")
@@ -482,19 +507,26 @@ def doctor_command(
     pairs = doctor.plan(dtypes or (doctor.QUICK_DTYPES if quick else doctor.DTYPES), quick)
     findings: list[doctor.Finding] = []
     jobs = _jobs(out, jobs or max(1, processors() // 2))
-    with _progress() as progress:
-        task = progress.add_task("doctor", total=len(them) * len(pairs))
-        for finding in doctor.examine(them, pairs, jobs=jobs, limit=limit, gradients=not forward):
-            findings.append(finding)
-            progress.update(task, advance=1, description=f"{finding.framework} {finding.implementation}")
+    total = len(them) * len(pairs)
+    with _stoppable() as stopped, _progress() as progress:
+        task = progress.add_task("doctor", total=total)
+        with closing(doctor.examine(them, pairs, jobs=jobs, limit=limit, gradients=not forward)) as examined:
+            for finding in examined:
+                findings.append(finding)
+                progress.update(task, advance=1, description=f"{finding.framework} {finding.implementation}")
     order = {(it.framework, it.implementation): n for n, it in enumerate(them)}
     place = {(canary.name, dtype): n for n, (canary, dtype) in enumerate(pairs)}
     findings.sort(key=lambda it: (order[it.framework, it.implementation], place[it.canary, it.dtype]))
     device_words = ", ".join(dict.fromkeys(it.device for it in machines))
     run = doctor.Run(device_words, machines, tuple(missing), tuple(findings), not forward,
-                     time.perf_counter() - started)  # fmt: skip
+                     time.perf_counter() - started, _stopped(stopped, len(findings), total))  # fmt: skip
 
     _print_doctor(out, run, them)
+    if run.stopped:  # half a file would let through what was not run, and may not take the place of a whole one
+        for file in (output, picture):
+            if file is not None:
+                _say(out, f"not written, as the run is not whole: {file}")
+        raise SystemExit(128 + stopped[0])
     if output is not None:
         _write(output, json.dumps(doctor.as_json(run), indent=1, allow_nan=False) + "\n", force)
         _say(out, f"written: {output}", "dim")
@@ -538,14 +570,15 @@ def _print_doctor(out: Console, run: doctor.Run, them: Sequence[doctor.Target]) 
         for framework, implementation, reason, n in refused:
             table.add_row(f"{framework} {implementation}", str(n), Text(reason))
         out.print(table)
-    for it in run.bad[:SHOWN]:
+    shown = len(run.bad) if run.stopped else SHOWN  # no file has the rest
+    for it in run.bad[:shown]:
         taken = ", which implementation=None takes" if it.chosen else ""
         said = it.verdict if it.verdict != "wrong" else f"{', '.join(it.results)} wrong"
         _say(out, f"{it.framework} {it.implementation} {it.dtype}, {it.canary}: {said}{taken}", STYLES[it.verdict])
         _say(out, f"{it.text}\n")
-    if len(run.bad) > SHOWN:
-        _say(out, f"and {len(run.bad) - SHOWN} more, all of them in the file of --output\n")
-    _say(out, run.verdict, STYLES["failed" if run.taken else "ok"])
+    if len(run.bad) > shown:
+        _say(out, f"and {len(run.bad) - shown} more, all of them in the file of --output\n")
+    _say(out, run.verdict, STYLES["failed" if run.taken else "not run" if run.stopped else "ok"])
 
 
 def _cell(found: Sequence[doctor.Finding]) -> Text:
@@ -582,6 +615,8 @@ def demo_command(folder: Path) -> None:
 
     Exit status: 0 if everything is within its budget, 1 if not, 2 if it cannot be run.
     """
+    there = next(it for it in (folder.absolute(), *folder.absolute().parents) if os.path.exists(it))
+    _check_files({"--out": there / "demo.png"})  # the folders between are made
     _settle("cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -719,7 +754,7 @@ def bench_command(device: str | None, arguments: tuple[str, ...]) -> None:
 
     ARGUMENTS are those of the benchmark, which lists them: attend bench --device cpu -- --help, or cuda.
 
-    Exit status: that of the benchmark; 2 if there is none.
+    Exit status: that of the benchmark; 2 if there is none; 130 (Ctrl-C) or 143 (SIGTERM) if it was stopped.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / "benchmarks" / "gpu" / "__main__.py").is_file():
@@ -733,8 +768,12 @@ def bench_command(device: str | None, arguments: tuple[str, ...]) -> None:
         device = "cuda" if any("cuda" in twin.bridge.devices() for twin in twins) else "cpu"
     path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
     module = {"cpu": "benchmarks.cpu", "cuda": "benchmarks.gpu"}[device]
-    run = subprocess.run([sys.executable, "-m", module, *arguments], env={**os.environ, "PYTHONPATH": path})
-    raise SystemExit(run.returncode)
+    benchmark = subprocess.Popen([sys.executable, "-m", module, *arguments], env={**os.environ, "PYTHONPATH": path})
+    with _stoppable() as stopped:
+        benchmark.wait()
+    benchmark.kill()
+    status = benchmark.wait()
+    raise SystemExit(128 + stopped[0] if stopped else status)
 
 
 # What they share.
@@ -744,6 +783,32 @@ def _console() -> Console:
     """Standard output; what is not a terminal has no width to keep to."""
     console = Console(highlight=False, soft_wrap=False)
     return console if console.is_terminal else Console(highlight=False, width=max(console.width, 120))
+
+
+@contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM end the block, and not the command with all that it has found. Gives the signals that came."""
+    came: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    mine = threading.current_thread() is threading.main_thread()  # no other may
+    signals = [it for it in (signal.SIGINT, signal.SIGTERM) if mine and signal.getsignal(it) is not signal.SIG_IGN]
+    before = {it: signal.signal(it, stop) for it in signals}
+    try:
+        yield came
+    except KeyboardInterrupt:
+        came += [] if came else [signal.SIGINT]
+    finally:
+        for it, handler in before.items():
+            signal.signal(it, handler)
+
+
+def _stopped(came: Sequence[int], done: int, total: int) -> tuple[int, int] | None:
+    """How much was done of how much, where a signal came before all was."""
+    return (done, total) if came and done < total else None
 
 
 def _jobs(out: Console, jobs: int) -> int:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attend_shared import avoid, canaries, choice, compare, parity, runs, shapes
+from attend_shared import avoid, canaries, choice, compare, parity, report, runs, shapes
 from attend_shared.avoid import Machine, Rule
 from attend_shared.call import NAMES, Call
 from attend_shared.canaries import Canary
@@ -105,6 +105,7 @@ class Run(NamedTuple):
         findings: all of them.
         gradients: whether gradients were judged.
         seconds: what all of it took.
+        stopped: of one that was stopped before its end, how many calls were run and how many were asked for.
     """
 
     device: str
@@ -113,6 +114,7 @@ class Run(NamedTuple):
     findings: tuple[Finding, ...]
     gradients: bool
     seconds: float
+    stopped: tuple[int, int] | None = None
 
     @property
     def bad(self) -> tuple[Finding, ...]:
@@ -131,10 +133,14 @@ class Run(NamedTuple):
         counts = Counter(it.verdict for it in self.findings)
         taken, others = len(self.taken), len(self.bad) - len(self.taken)
         head = "safe: all that implementation=None takes is right here"
+        if self.stopped:
+            head = "not known to be safe: nothing that was run of what implementation=None takes is wrong here"
         if taken:
             head = f"NOT SAFE: {taken} calls for which implementation=None takes what is wrong here"
         elif others:
             head += f", but {others} of what it does not take is not"
+        if self.stopped:
+            head = f"{report.stop_words(self.stopped, 'calls')}, {head}"
         parts = [f"{counts['safe']} safe", f"{counts['refuses']} refused", f"{counts['wrong']} wrong"]
         parts += [f"{counts[name]} {name}" for name in ("crashed", "hung", "not run") if counts[name]]
         return f"{head} ({', '.join(parts)}, in {self.seconds:.0f} s)"
@@ -462,7 +468,12 @@ def as_json(run: Run) -> dict[str, Any]:
         results, for people: `found`, by framework, implementation, dtype and canary, a number (safe: the worst error as
         a share of its budget), a text (the reason of a refusal) or an object (what is wrong); `chosen`, what
         implementation=None takes; `bits`, for what was run twice, the results that came out in other bits.
+
+    Raises:
+        ValueError: the run was stopped. Such a file would let through what was not run.
     """
+    if run.stopped:
+        raise ValueError(f"run: expected a whole one, got one that was {report.stop_words(run.stopped, 'calls')}.")
     found: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
     bits: dict[str, Any] = {}

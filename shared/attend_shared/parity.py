@@ -10,7 +10,8 @@ from __future__ import annotations
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from contextlib import contextmanager, nullcontext
 from importlib import import_module, metadata
 from queue import SimpleQueue
@@ -179,7 +180,7 @@ def run(
     implementations: Sequence[str] = (),
     jobs: int = 1,
     limit: float = LIMIT,
-) -> Iterator[Report]:
+) -> Generator[Report, None, None]:
     """Run cases, one report after the other.
 
     Args:
@@ -192,7 +193,8 @@ def run(
         limit: seconds that one implementation may take for one case, in one of several processes.
 
     Yields:
-        A report for each case, in their order. Whoever stops listening closes it, and ends with it what still runs.
+        A report for each case: of one process in their order, of several as they come. Whoever stops listening closes
+        it, and ends with it what still runs.
     """
     if jobs == 1:
         for case in cases:
@@ -233,7 +235,7 @@ def run(
         return Report(case, tuple(_lost(case, twin, it, lost) for twin, it in table), ())
 
     with Processes(jobs) as processes:
-        for each in [processes.pool.submit(there, case) for case in cases]:
+        for each in as_completed([processes.pool.submit(there, case) for case in cases]):
             yield each.result()
 
 

@@ -53,6 +53,7 @@ class Process:
         self._process = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", "-m", "attend_shared.processes", work],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, env={**os.environ, "PYTHONPATH": paths},
+            start_new_session=True,  # where no Ctrl-C at a terminal reaches it, which would look like a crash
         )  # fmt: skip
         self._answers: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()

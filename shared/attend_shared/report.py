@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from attend_shared.parity import CHECKS, EVERYTHING, Difference, Result, Summary, reasons, summarise
 
-__all__ = ["Apart", "Run", "as_html", "as_json", "finite", "number", "plain", "repeat", "write"]
+__all__ = ["Apart", "Run", "as_html", "as_json", "finite", "number", "plain", "repeat", "stop_words", "write"]
 
 
 class Run(NamedTuple):
@@ -25,6 +25,8 @@ class Run(NamedTuple):
         results: of every case on every implementation, and of every wrong call.
         differences: between the frameworks, of every case.
         seconds: what all of it took, oracle included.
+        stopped: of a run that was stopped before its end, how many cases were run and how many were asked for, wrong
+            calls among them.
     """
 
     device: str
@@ -33,6 +35,7 @@ class Run(NamedTuple):
     results: tuple[Result, ...]
     differences: tuple[Difference, ...]
     seconds: float
+    stopped: tuple[int, int] | None = None
 
     @property
     def failures(self) -> tuple[Result, ...]:
@@ -59,9 +62,20 @@ class Run(NamedTuple):
     def verdict(self) -> str:
         """The run in one line."""
         counts = Counter(result.verdict for result in self.results)
-        head = "FAILED" if counts["failed"] else "passed"
+        head = "" if self.stopped else "passed"
+        head = ", ".join(filter(None, ["FAILED" if counts["failed"] else head, stop_words(self.stopped, "cases")]))
         return (f"{head}: {counts['ok']} results as they should be, {counts['refused']} refused with a reason, "
                 f"{counts['failed']} wrong, in {self.seconds:.0f} s")  # fmt: skip
+
+
+def stop_words(stopped: tuple[int, int] | None, of: str) -> str:
+    """What to say of a run that was stopped before its end, or "".
+
+    Example:
+        >>> stop_words((57, 303), "cases")
+        'stopped after 57 of 303 cases'
+    """
+    return "" if stopped is None else f"stopped after {stopped[0]} of {stopped[1]} {of}"
 
 
 class Apart(NamedTuple):
@@ -105,12 +119,14 @@ def as_json(run: Run) -> dict[str, Any]:
         run: see `Run`.
 
     Returns:
-        verdict, device, versions, missing, seconds; rows (one for each implementation and feature); differences (the
-        worst of every two implementations); refusals (counted); failures (how many); results (every one, with the error
-        and budget of out, lse and each gradient).
+        verdict: "passed", "failed" or, of a run that was stopped and had found nothing wrong, "stopped"; stopped: None,
+        or done and of, how many of the cases that were asked for were run; device, versions, missing, seconds; rows
+        (one for each implementation and feature); differences (the worst of every two implementations); refusals
+        (counted); failures (how many); results (every one, with the error and budget of out, lse and each gradient).
     """
     return {
-        "verdict": "failed" if run.failures else "passed",
+        "verdict": "failed" if run.failures else "stopped" if run.stopped else "passed",
+        "stopped": run.stopped and {"done": run.stopped[0], "of": run.stopped[1]},
         "device": run.device,
         "versions": run.versions,
         "missing": list(run.missing),
@@ -200,7 +216,7 @@ def as_html(run: Run) -> str:
     Args:
         run: see `Run`.
     """
-    state = "failed" if run.failures else "ok"
+    state = "failed" if run.failures else "stopped" if run.stopped else "ok"
     facts = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     parts = [
         "<!doctype html>", '<html lang="en">', '<meta charset="utf-8">',
