@@ -169,7 +169,7 @@ CANARIES = (
     Canary("scale of 0", "weights that are alike whatever q and k are", ("scale <= 0",), options={"scale": 0.0}),
     Canary("scale of 0, 24 keys", "the same where no tile is full: a fill behind the last key, before the scale, is NaN",
            ("scale <= 0",), Size(i=24, j=24), options={"scale": 0.0}, quick=True),
-    Canary("negative scale, empty rows", "the same of a mask, whose fill is +inf after the scale", ("scale <= 0",),
+    Canary("negative scale, empty rows", "the same of a mask, whose fill is +inf then", ("scale <= 0",),
            Size(d=128, dv=128), options={"scale": -0.3}, arrays={"mask": "rows"}),
     Canary("negative scale, causal", "a fill before the scale is +inf after it", ("scale <= 0", "causal"),
            options={**CAUSAL, "scale": -0.3}, quick=True),
