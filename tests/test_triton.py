@@ -465,8 +465,8 @@ def test_float32_is_multiplied_in_full_where_sums_of_shorter_products_were_not_t
     call = call_of(**{name: torch.empty(2, 4, 96, 64, device="meta") for name in "qkv"})
     x = (4 * 96 * 64, 96 * 64, 64)
     assert [sizes.in_full(call, each) for each in ("8.0", "9.0", "10.0", "")] == [True, False, True, True]
-    others = {"dv": 128}, {"dv": 129}, {"i": 16}, {"i": 17}, {"dropout": 0.1}
-    full = [False, True, True, False, True]
+    others = {"dv": 128}, {"dv": 129}, {"dv": 32}, {"d": 32, "dv": 32}, {"i": 16}, {"i": 17}, {"dropout": 0.1}
+    full = [False, True, True, False, True, False, True]
     assert [sizes.in_full(call._replace(**each), "9.0") for each in others] == full
     dtypes = dict.fromkeys(("q", "k", "v"), call.dtype)
     plan = plans.plan(call, Layout(x, x, x, capability="8.6"))

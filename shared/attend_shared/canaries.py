@@ -167,7 +167,7 @@ CANARIES = (
            arrays={"q_segment_ids": "queries", "kv_segment_ids": "keys"}, poison=True),
     # Options.
     Canary("scale of 0", "weights that are alike whatever q and k are", ("scale <= 0",), options={"scale": 0.0}),
-    Canary("scale of 0, 24 keys", "the same where no tile is full: a fill behind the last key, before the scale, is NaN",
+    Canary("scale of 0, 24 keys", "the same where no tile is full: a fill behind the last key is NaN there",
            ("scale <= 0",), Size(i=24, j=24), options={"scale": 0.0}, quick=True),
     Canary("negative scale, empty rows", "the same of a mask, whose fill is +inf then", ("scale <= 0",),
            Size(d=128, dv=128), options={"scale": -0.3}, arrays={"mask": "rows"}),
