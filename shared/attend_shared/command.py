@@ -800,7 +800,8 @@ def _stoppable() -> Iterator[list[int]]:
     try:
         yield came
     except KeyboardInterrupt:
-        came += [] if came else [signal.SIGINT]
+        if not came:  # raised by no signal that is caught here
+            came.append(signal.SIGINT)
     finally:
         for it, handler in before.items():
             signal.signal(it, handler)
