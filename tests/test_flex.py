@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
-from attend_shared import cases, compare
+from attend_shared import canaries, cases, compare
 from attend_shared.call import Arrays, check
 from attend_shared.cases import Case
 from attend_shared.errors import UnsupportedError
@@ -138,6 +138,17 @@ def test_case(case: Case) -> None:
         assert problem.arguments.get("dropout") or "float64" in dtypes or len(dtypes) > 1, error
         return
     compare.check(found, problem)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("shift", [-12.0, 0.0, 12.0])
+def test_a_small_share_has_an_exact_slope(shift: float) -> None:
+    """Of a sink beside two thousand keys 1 - sigmoid(lse - sink) has four digits; of keys beside a large sink too."""
+    canary = canaries.find("long rows of 64, causal, sinks")
+    problem = canary.build("float32")
+    arguments = problem.arguments | {"sinks": problem.arguments["sinks"] + np.float32(shift)}
+    problem = problem._replace(arguments=arguments)
+    compare.check(bridge.evaluate(problem, "flex"), problem)
 
 
 # The choice of calls.

@@ -377,7 +377,9 @@ def _wide(x: Tensor) -> Tensor:
 def _with_sinks(out: Tensor, lse: Tensor, empty: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """out and lse with one more logit in the denominator. An empty row has the lse of its sink."""
     finite = torch.where(empty, 0, lse)  # so that no difference is inf - inf
-    share = torch.where(empty, 0, torch.sigmoid(finite - sinks))
+    over, under = torch.sigmoid(finite - sinks), torch.sigmoid(sinks - finite)
+    # The smaller of the two is exact; of the larger, the slope x (1 - x) would lose what dsinks is made of.
+    share = torch.where(empty, 0, torch.where(finite > sinks, 1 - under, over))
     lse = torch.where(empty, sinks, torch.logaddexp(finite, sinks))
     lse = torch.where(lse == -torch.inf, -torch.inf, lse)
     return (out.float() * share[..., None]).to(out.dtype), lse
