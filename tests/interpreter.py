@@ -429,6 +429,43 @@ def huge() -> dict[str, list[float]]:
 
 
 
+def exact() -> dict[str, float]:
+    """Of float32: the largest number in gradients that are 0, as rows see one key; and by what part of its largest a
+    result is off where it is not, as lse has a gradient too, and where logits are large.
+    """
+    q, dout, k, v = (draw(1, 2, n, 16, seed=n) for n in (300, 301, 40, 41))
+    dout, v, table = dout[:, :, :300], v[:, :, :40], draw(1, 2, 300, 40)
+    mask = (torch.arange(40) == 7)[None]
+    calls: dict[str, dict[str, Any]] = {
+        "plain": {}, "softcap": {"softcap": 5.0}, "dropout": {"dropout": 0.3, "dropout_seed": 1},
+        "bias": {"bias": table}, "bias of keys": {"bias": table[:, :, :1]},
+        "dropout and bias": {"bias": table[:, :, :1], "dropout": 0.3, "dropout_seed": 1},
+    }  # fmt: skip
+    found = {}
+    for name, options in calls.items():
+        given = [x.clone().requires_grad_() for x in (q, k, options.get("bias", k))]
+        rest = options | ({"bias": given[2]} if "bias" in options else {})
+        out = attend(*given[:2], v, mask=mask, implementation="triton", **rest)
+        gradients = torch.autograd.grad(out, given[: 3 if "bias" in options else 2], dout)
+        found[name] = max(x.abs().max().item() for x in gradients)
+
+    def off(q: torch.Tensor, k: torch.Tensor, **options: Any) -> float:
+        results = []
+        for name, dtype in ("triton", torch.float32), ("einsum", torch.float64):
+            wide = {key: x.to(dtype) if key == "sinks" else x for key, x in options.items()}
+            given = [x.to(dtype).requires_grad_() for x in (q, k, v, *([wide["sinks"]] if "sinks" in wide else []))]
+            wide |= {"sinks": given[3]} if len(given) > 3 else {}
+            out, lse = attend(*given[:3], return_lse=True, implementation=name, **wide)
+            loss = (out * dout.to(dtype)).sum() + (lse * table[:, :, :, 0]).sum()
+            results.append([x.double() for x in (out, *torch.autograd.grad(loss, given))])
+        return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
+
+    found["lse"] = off(q, k, mask=mask)
+    alike = torch.full_like(q, 256.0), torch.full_like(k, 256.0)  # logits of 2^18
+    found["large"] = off(*alike, sinks=torch.tensor([2.0**18, 2.0**18 + 1]))
+    return found
+
+
 def drawn() -> dict[str, str]:
     """Whether out, lse and gradients have the same bits where dropout's decisions are drawn once, in memory that holds
     something, for the way back or for both ways, as where each launch draws its own; and are einsum's.
@@ -664,7 +701,7 @@ TASKS: dict[str, Callable[..., Any]] = {
     "cases": run_cases, "visits": visits, "whole": whole, "packed": lambda: packed() | ordered(), "spans": spans,
     "left": left,
     "drawn": drawn,
-    "torch": in_torch, "biases": biases, "huge": huge, "softcap": softcap, "sinks": coarse_sinks,
+    "torch": in_torch, "biases": biases, "huge": huge, "exact": exact, "softcap": softcap, "sinks": coarse_sinks,
     "lse": lse_in_jax,
 }  # fmt: skip
 

@@ -388,6 +388,7 @@ def test_a_level_means_what_it_says(level: str) -> None:
         ("tiles_wide", lambda s: s.i % 64 == s.j % 64 == 1 and s.i < s.j),
         ("tiles_tall", lambda s: s.i % 128 == 1 and s.i > s.j),
         ("tiles_long", lambda s: s.i >= 128 and s.j == 2048 and s.d == 128),
+        ("tiles_deep", lambda s: s.i > 16 and s.d == 64),
         ("one_key", lambda s: s.j == 1 < s.i),
         ("no_query", lambda s: s.i == 0 < s.j),
         ("no_key", lambda s: s.j == 0 < s.i),
@@ -610,7 +611,7 @@ def test_random_cases_can_be_and_reach_every_level() -> None:
     for each in cases:
         assert case(*each.levels) == each == find(each.name)
     reached = {level for each in cases for level in each.levels}
-    assert LEVELS.keys() - reached == {"tiles_square", "tiles_wide", "tiles_tall", "tiles_long"}
+    assert LEVELS.keys() - reached == {"tiles_square", "tiles_wide", "tiles_tall", "tiles_long", "tiles_deep"}
     assert len(set(cases)) > 1400
     for each in cases[:60]:
         assert digest(each.build()) == digest(find(each.name).build())

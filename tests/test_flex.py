@@ -223,10 +223,11 @@ def test_gradients_in_float32_that_its_kernels_sum_or_round_otherwise_are_refuse
     x, table = draw(1, 2, 8, 16).requires_grad_(), torch.ones(2, requires_grad=True)
 
     def reason(dtype: torch.dtype = torch.float32, **options: Any) -> str:
+        keys = options.pop("keys", 8)
         q, table_of = x.detach().to(dtype).requires_grad_(), table.detach().to(dtype).requires_grad_()
         if "score_fn" in options:
             options["score_fn"] = lambda s, b, h, i, j: s * table_of[h]
-        given = Arrays(q, q, q, bias=options.pop("bias", None))
+        given = Arrays(q, q[:, :, :keys], q[:, :, :keys], bias=options.pop("bias", None))
         call = check(FRAMEWORK, given, False, None, None, None, 0.0, False, "bhnd", None, **options)
         if "score_fn" in options:  # followed on a CPU
             return flex.cannot(call, kernels=True) or ""
@@ -234,10 +235,12 @@ def test_gradients_in_float32_that_its_kernels_sum_or_round_otherwise_are_refuse
 
     assert "pair by pair" in reason(score_fn=True)
     assert "beside a bias" in reason(bias=torch.zeros(1, 2, 8, 8))
+    assert "of a single key" in reason(keys=1)
     with torch.no_grad():
-        assert reason(score_fn=True) == reason(bias=torch.zeros(1, 2, 8, 8)) == ""
+        assert reason(score_fn=True) == reason(bias=torch.zeros(1, 2, 8, 8)) == reason(keys=1) == ""
     for dtype in (torch.float16, torch.bfloat16):
         assert reason(dtype, score_fn=True) == reason(dtype, bias=torch.zeros(1, 2, 8, 8, dtype=dtype)) == ""
+        assert reason(dtype, keys=1) == ""
 
 
 @pytest.mark.parametrize("grouped", [False, True])

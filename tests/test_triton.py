@@ -172,6 +172,15 @@ def test_a_bias_may_be_as_large_as_numbers_go() -> None:
         assert of_lse < 2e-7, name
 
 
+def test_float32_is_exact_where_a_row_has_one_key_and_where_logits_are_large() -> None:
+    """dp - delta, which is 0 there, adds up over queries if it is not; and of large logits lse is no measure."""
+    found = interpret("exact")
+    assert found.pop("lse") < 1e-6
+    assert found.pop("large") < 1e-6
+    assert found == dict.fromkeys(found, 0)
+    assert len(found) == 6
+
+
 def test_dropout_drawn_once_gives_the_same_bits() -> None:
     found = interpret("drawn")
     assert len(found) == 7
@@ -466,7 +475,7 @@ def test_float32_is_multiplied_in_full_where_sums_of_shorter_products_were_not_t
     x = (4 * 96 * 64, 96 * 64, 64)
     assert [sizes.in_full(call, each) for each in ("8.0", "9.0", "10.0", "")] == [True, False, True, True]
     others = {"dv": 128}, {"dv": 129}, {"dv": 32}, {"d": 32, "dv": 32}, {"i": 16}, {"i": 17}, {"dropout": 0.1}
-    full = [False, True, True, False, True, False, True]
+    full = [False, True, True, False, True, False, False]
     assert [sizes.in_full(call._replace(**each), "9.0") for each in others] == full
     dtypes = dict.fromkeys(("q", "k", "v"), call.dtype)
     plan = plans.plan(call, Layout(x, x, x, capability="8.6"))

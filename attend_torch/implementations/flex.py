@@ -89,6 +89,8 @@ def cannot(call: Call, kernels: bool = False) -> str | None:
     """The same, wherever it runs; with `kernels`, what those of a GPU get wrong as well."""
     if kernels and call.dtype == "float32" and call.biased_gradient:  # forward and back do not round scores alike
         return "its float32 gradients beside a bias miss the error budget where scores are large"
+    if kernels and call.dtype == "float32" and call.gradient and call.j == 1:
+        return "its float32 gradient of a single key, which is 0, misses the error budget"
     if call.dtype == "float64":
         return "it has no float64"
     rounded = "would be made of an output rounded to"

@@ -66,6 +66,7 @@ SIZES = {
     "tiles_wide": Sizes(3, 4, 65, 193, 24),
     "tiles_tall": Sizes(3, 4, 129, 65, 16),
     "tiles_long": Sizes(1, 1, 130, 2048, 128),
+    "tiles_deep": Sizes(1, 2, 40, 72, 64),
     "one_key": Sizes(3, 4, 5, 1, 8),
     "no_query": Sizes(3, 4, 0, 7, 8),
     "no_key": Sizes(3, 4, 6, 0, 8),
@@ -90,6 +91,8 @@ FACTORS = (
             Level("tiles_tall", "i = 129, j = 65: one past a tile, i > j", ("shape: several tiles",), paired=False),
             Level("tiles_long", "i = 130, j = 2048, d = 128: for kernels of long rows", ("shape: several tiles",),
                   ("bfloat16", "causal", "offset_end"), paired=False),
+            Level("tiles_deep", "i = 40, j = 72, d = 64: more queries than decoding has, in heads that are as wide as "
+                  "usual", ("shape: several tiles",), ("value_smaller",), paired=False),
             Level("one_key", "j = 1: every weight is 1 or 0", ("shape: j = 1",)),
             Level("no_query", "i = 0", ("shape: i = 0",)),
             Level("no_key", "j = 0: every row is empty", ("shape: j = 0", "empty rows")),

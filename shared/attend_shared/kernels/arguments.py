@@ -59,7 +59,8 @@ class Shared:
     def __init__(self, call: Call, layout: Layout, ahead: Ahead) -> None:
         self.call, self.layout, self.ahead = call, layout, ahead
         self.bnhd = call.layout == "bnhd"
-        self.base2 = call.bias is None  # which may be as low as numbers go
+        # A bias may be as low as numbers go; and of large logits lse in float32 has too few digits left for weights.
+        self.base2 = call.bias is None and call.dtype != "float32"
         self.rows = padded_rows(call.i)
         log2e = LOG2E if self.base2 else 1.0
         self.factor = call.scale * log2e if call.softcap is None else call.scale / call.softcap

@@ -278,6 +278,8 @@ def forward(
                     s, seen, added, 1.0 if LATE or SOFTCAP == 1 else factor, cap, MASK, BIAS,
                     2 if SOFTCAP == 2 else 0, False, False,
                 )  # fmt: skip
+                if PRECISE:  # the product is rounded, and not a part of s - m, which is 0 where s is the largest
+                    s += 0.0
                 if _is_cut(
                     turn, seen_from, seen_to, stage, ONE or (PACKED and not SPLIT), FRONT,
                     BEHIND and (RIGHT or SEGMENTS or stage != 1),

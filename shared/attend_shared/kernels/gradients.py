@@ -57,10 +57,12 @@ def row_sums(
     squares,
     DV: tl.constexpr, BDV: tl.constexpr, BM: tl.constexpr, UNIT: tl.constexpr, DON: tl.constexpr, BNHD: tl.constexpr,
     Q_LENGTHS: tl.constexpr, LSE: tl.constexpr, SINKS: tl.constexpr, BASE2: tl.constexpr, WEIGHED: tl.constexpr,
+    PRECISE: tl.constexpr,
 ):  # fmt: skip
     """What the gradients take of each row: top; what every logit gets besides its own share, sum(out dout) - dlse,
-    over what dropout multiplies by, the slope; and inverse: (P, 2, 2), top and slope before inverse and log2(inverse).
-    And each block's part of dsinks, or what `sinks.sum_rows` makes these of (WEIGHED).
+    over what dropout multiplies by, the slope; and inverse: (P, 2, 2), top and slope before inverse and log2(inverse),
+    or (PRECISE) the slope without dlse. And each block's part of dsinks, or what `sinks.sum_rows` makes these of
+    (WEIGHED).
     """
     block, n = tl.program_id(0), tl.program_id(1)
     b, h = n // H, n % H
@@ -90,6 +92,7 @@ def row_sums(
             alone = tl.where(sink == NOTHING, 0.0, 1.0)
             share = tl.where(unseen, alone, _exp(sink - m, False) * one)
         ignored = ignored & (share == 0)
+    delta = result
     if LSE:
         slope = tl.load(dlse + whole + rows, mask=rows < I, other=0.0).to(tl.float32)
         result -= tl.where(ignored, 0.0, slope)
@@ -98,7 +101,8 @@ def row_sums(
     elif SINKS:
         tl.store(partial + n * tl.num_programs(0) + block, -tl.sum(share * result, 0))
     slope = tl.where(unseen, 0.0, result / kept)
-    four = tl.join(tl.join(m, one), tl.join(slope, tl.log2(one)))  # (BM, 2, 2)
+    last = tl.where(unseen, 0.0, delta / kept) if PRECISE else tl.log2(one)
+    four = tl.join(tl.join(m, one), tl.join(slope, last))  # (BM, 2, 2)
     two = tl.arange(0, 2)
     places = of_row[:, None, None] * 4 + two[None, :, None] * 2 + two[None, None, :]
     tl.store(known + places, four, mask=inside[:, None, None])
@@ -106,14 +110,25 @@ def row_sums(
 
 @triton.jit
 def _known(known, of_row):
-    """top, slope, inverse and its log2, of rows. Four are read at once: few loads give a thread what it needs."""
+    """top, slope, inverse, and its log2 or delta, of rows. Four are read at once: few loads give a thread all."""
     two = tl.arange(0, 2)
-    m_and_one, slope_and_power = tl.split(
+    m_and_one, slope_and_last = tl.split(
         tl.load(known + of_row[:, None, None] * 4 + two[None, :, None] * 2 + two[None, None, :])
     )
     m, one = tl.split(m_and_one)
-    slope, power = tl.split(slope_and_power)
-    return m, slope, one, power
+    slope, last = tl.split(slope_and_last)
+    return m, slope, one, last
+
+
+@triton.jit
+def _of_one(dp, p, one, delta, PRECISE: tl.constexpr):
+    """dp, of a row whose weight is all one key's exactly delta: dk sums over the rows what would be left of dp - delta.
+
+    Such a row's total is 1, to two units in the last place; one is 1 / total.
+    """
+    if PRECISE:
+        dp = tl.where(p > tl.where(tl.abs(one - 1) <= 2.0**-22, 0.5, 2.0), delta, dp)
+    return dp
 
 
 @triton.jit
@@ -194,8 +209,8 @@ def query_gradients(
     tile_q = _load(q, local[:, None] * QN, tl.arange(0, BD)[None, :], alive_rows, D, BD, False)
     tile_do = _load(dout, local[:, None] * DON, tl.arange(0, BDV)[None, :], alive_rows, DV, BDV, False)
     of_row = n.to(tl.int64) * P + rows
-    m, slope, one, _ = _known(known, of_row)
-    m, slope, one = m[:, None], slope[:, None], one[:, None]
+    m, slope, one, delta = _known(known, of_row)
+    m, slope, one, delta = m[:, None], slope[:, None], one[:, None], delta[:, None]
     if REST:
         m -= cap + 2  # for 4 p, as `_uncapped` gives -1/4 of ds
         scale = -scale
@@ -299,6 +314,7 @@ def query_gradients(
                     dp = _where_kept(bits, begin, columns[None, :], dp, BN, NEAR)
                 elif THRESHOLD:
                     dp = _drop(dp, seed, b, h, rows, at * (BN // 4), THRESHOLD, BM, BN, NEAR)
+                dp = _of_one(dp, p, one, delta, PRECISE)
                 ds = _uncapped(p * (dp - slope), capped, SOFTCAP, REST)
                 acc = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_k), acc, WIDEN)
 
@@ -409,11 +425,12 @@ def query_and_bias_gradients(
                 s, keys[None, :], rows[:, None] + low, rows[:, None] + high, 0, 0, alive[None, :], NOTHING, LEFT, RIGHT,
                 False, ALIVE or not EVEN,
             )  # fmt: skip
-            m, slope, one, _ = _known(known, (b64 * H + h64) * P + rows)
+            m, slope, one, delta = _known(known, (b64 * H + h64) * P + rows)
             p = _exp(s - m[:, None], False)
             dp = _dot(tiles_do[item], tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
             if THRESHOLD:
                 dp = _drop(dp, seed, b, h, rows, begin // 4, THRESHOLD, BM, BN, False)
+            dp = _of_one(dp, p, one[:, None], delta[:, None], PRECISE)
             ds = p * (dp - slope[:, None])
             tile += ds * one[:, None]
             ds = _uncapped(ds, capped, SOFTCAP, False)
@@ -564,7 +581,7 @@ def key_gradients(
                         base_do + begin64 * DON, _along(local, BM, DON, ALL)[:, None], tl.arange(0, BDV)[None, :],
                         alive_rows[:, None], DV, BDV, EVEN,
                     )  # fmt: skip
-                    m, slope, one, power = _known(known, of_head + rows)
+                    m, slope, one, last = _known(known, of_head + rows)
                     if DRAWN:
                         bits = _bits_by_key(seed, of_head * WORDS, rows, first, P, BN, BM)
                     s = _dot(tile_k, tile_q, tl.zeros((BN, BM), tl.float32), WIDEN)
@@ -586,7 +603,7 @@ def key_gradients(
                         if not BASE2:
                             p *= one[None, :]
                     else:  # the factor comes with the exponent
-                        p = tl.exp2((s - m[None, :]) * LOG2E + power[None, :])
+                        p = tl.exp2((s - m[None, :]) * LOG2E + last[None, :])
                     if KEYS:
                         dp = _dot(tile_v, tl.trans(tile_do), tl.zeros((BN, BM), tl.float32), WIDEN)
                     dropped = p
@@ -601,8 +618,10 @@ def key_gradients(
                         sum_v = _dot(dropped.to(v.dtype.element_ty), tile_do, sum_v, WIDEN)
                     if KEYS:
                         if THRESHOLD:  # p (dp - slope), dp being dropped as p is
-                            ds = dropped * dp - p * slope[None, :]
+                            dropped = _of_one(dropped * dp, p, one[None, :], p * last[None, :], PRECISE)
+                            ds = dropped - p * slope[None, :]
                         else:
+                            dp = _of_one(dp, p, one[None, :], last[None, :], PRECISE)
                             ds = p * (dp - slope[None, :])
                         ds = _uncapped(ds, capped, SOFTCAP, REST)
                         sum_k = _dot(ds.to(k.dtype.element_ty), tl.trans(tile_q), sum_k, WIDEN)
@@ -724,7 +743,7 @@ def bias_gradients(
             s, keys[None, :], rows[:, None] + low, rows[:, None] + high, q_id[:, None], kv_id[None, :], alive[None, :],
             NOTHING, LEFT, RIGHT, SEGMENTS, True,
         )  # fmt: skip
-        m, slope, one, _ = _known(known, of_row)
+        m, slope, one, delta = _known(known, of_row)
         p = _exp(s - m[:, None], False) * one[:, None]
         dp = _dot(tile_do, tile_v, tl.zeros((BM, BN), tl.float32), WIDEN)
         if DRAWN:
@@ -732,6 +751,7 @@ def bias_gradients(
             dp = _where_kept(bits, first_j, columns[None, :], dp, BN, False)
         elif THRESHOLD:
             dp = _drop(dp, seed, b, h, rows, first_j // 4, THRESHOLD, BM, BN, False)
+        dp = _of_one(dp, p, one[:, None], delta[:, None], PRECISE)
         acc += p * (dp - slope[:, None])
 
     acc *= kept

@@ -316,7 +316,7 @@ def _backward(
          Output("partial", partial, "float32", call.sinks is not None and not weighs), *weighed),
         {"DV": dv, "BDV": padded(dv), "BM": ROWS, "UNIT": unit, "DON": dout[2], "BNHD": shared.bnhd,
          "Q_LENGTHS": call.q_lengths, "LSE": has_dlse, "SINKS": call.sinks is not None, "BASE2": shared.base2,
-         "WEIGHED": weighs}, 4, 1, "gradients",
+         "WEIGHED": weighs, "PRECISE": call.dtype == "float32"}, 4, 1, "gradients",
     )]  # fmt: skip
     if weighs:
         launches.append(_heavy_rows(call, layout, shared, qkv, unit, dout[2], has_dlse, partial))

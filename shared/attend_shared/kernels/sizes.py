@@ -85,11 +85,10 @@ PART = 1 if INTERPRETED else 8  # blocks of keys in a part, at least
 
 def in_full(call: Call, capability: str) -> bool:
     """Whether products of float32 are made in full, rather than put together from those of bfloat16."""
-    # The parts of rows of 256 fill the registers; few queries wait for memory; with dropout the gradients of a row with
-    # one key, which are 0, missed the budget; and where values are the narrower, Triton 3.6's products of parts read
-    # beyond their shared memory (d = 64 with dv of 8 to 32, d = 128 with 32).
+    # The parts of rows of 256 fill the registers; few queries wait for memory; and where values are the narrower,
+    # Triton 3.6's products of parts read beyond their shared memory (d = 64 with dv of 8 to 32, d = 128 with 32).
     wide, narrow = max(call.d, call.dv) > 128, padded(call.dv) < padded(call.d)
-    return capability not in BY_THIRDS or wide or narrow or call.i <= FEW or call.dropout > 0
+    return capability not in BY_THIRDS or wide or narrow or call.i <= FEW
 
 
 def tile(kernel: str, call: Call, capability: str, drawn: bool = False) -> Tile:
