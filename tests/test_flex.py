@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import AuxOutput, flex_attention
 
-from attend_shared import canaries, cases, compare
+from attend_shared import cases, compare
 from attend_shared.call import Arrays, check
 from attend_shared.cases import Case
 from attend_shared.errors import UnsupportedError
@@ -140,17 +140,6 @@ def test_case(case: Case) -> None:
     compare.check(found, problem)
 
 
-@pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("shift", [-12.0, 0.0, 12.0])
-def test_a_small_share_has_an_exact_slope(shift: float) -> None:
-    """Of a sink beside two thousand keys 1 - sigmoid(lse - sink) has four digits; of keys beside a large sink too."""
-    canary = canaries.find("long rows of 64, causal, sinks")
-    problem = canary.build("float32")
-    arguments = problem.arguments | {"sinks": problem.arguments["sinks"] + np.float32(shift)}
-    problem = problem._replace(arguments=arguments)
-    compare.check(bridge.evaluate(problem, "flex"), problem)
-
-
 # The choice of calls.
 
 
@@ -227,7 +216,7 @@ def test_gradients_in_float32_that_its_kernels_sum_or_round_otherwise_are_refuse
         q, table_of = x.detach().to(dtype).requires_grad_(), table.detach().to(dtype).requires_grad_()
         if "score_fn" in options:
             options["score_fn"] = lambda s, b, h, i, j: s * table_of[h]
-        given = Arrays(q, q[:, :, :keys], q[:, :, :keys], bias=options.pop("bias", None))
+        given = Arrays(q, *(q[:, :, :keys],) * 2, bias=options.pop("bias", None), sinks=options.pop("sinks", None))
         call = check(FRAMEWORK, given, False, None, None, None, 0.0, False, "bhnd", None, **options)
         if "score_fn" in options:  # followed on a CPU
             return flex.cannot(call, kernels=True) or ""
@@ -236,11 +225,13 @@ def test_gradients_in_float32_that_its_kernels_sum_or_round_otherwise_are_refuse
     assert "pair by pair" in reason(score_fn=True)
     assert "beside a bias" in reason(bias=torch.zeros(1, 2, 8, 8))
     assert "of a single key" in reason(keys=1)
+    assert "of sinks" in reason(sinks=torch.zeros(2))
     with torch.no_grad():
         assert reason(score_fn=True) == reason(bias=torch.zeros(1, 2, 8, 8)) == reason(keys=1) == ""
+        assert reason(sinks=torch.zeros(2)) == ""
     for dtype in (torch.float16, torch.bfloat16):
         assert reason(dtype, score_fn=True) == reason(dtype, bias=torch.zeros(1, 2, 8, 8, dtype=dtype)) == ""
-        assert reason(dtype, keys=1) == ""
+        assert reason(dtype, keys=1) == reason(dtype, sinks=torch.zeros(2, dtype=dtype)) == ""
 
 
 @pytest.mark.parametrize("grouped", [False, True])
