@@ -159,6 +159,8 @@ def serve(core: int) -> None:
             torch.set_num_threads(1)
         found = peers.prepare(Entry(*entry), Workload(*workload))
         ready[entry[0]] = found.call
+        gc.collect()
+        gc.freeze()  # what is loaded is not looked through before every call, which takes longer than a short call
         return {"framework": framework, **{name: getattr(found, name) for name in found._fields if name != "call"}}
 
     def call(name: str, once: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from conftest import require
 
 ROOT = Path(__file__).resolve().parent.parent
 PNG = b"\x89PNG\r\n\x1a\n"
+pytestmark = pytest.mark.usefixtures("compile_fast")
 
 
 def attend_demo(folder: Path) -> Result:

@@ -52,6 +52,7 @@ from benchmarks.measure import Lost
 
 ROOT = Path(__file__).resolve().parent.parent
 FRAMEWORKS = ("torch", "jax")
+pytestmark = pytest.mark.usefixtures("compile_fast")
 EACH_FRAMEWORK = pytest.mark.parametrize("framework", FRAMEWORKS)
 FACTS = {"schema", "machine", "sessions", "versions", "rates", "overheads", "workloads", "measurements"}
 

@@ -17,6 +17,8 @@ from attend_shared import avoid, port
 from attend_shared.checkpoints import FLAX, read_weights, write
 from attend_shared.command import main
 
+pytestmark = pytest.mark.usefixtures("compile_fast")
+
 OPTIONS: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40,
     "max_position_embeddings": 64,
