@@ -250,7 +250,7 @@ def test_cases_are_chosen_by_name_by_words_and_by_dtype(monkeypatch: pytest.Monk
 
 
 def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attend_shared.command.processors", lambda: 2)
+    monkeypatch.setattr("attend_shared.command.common.processors", lambda: 2)
 
     def found(jobs: int) -> dict[str, Any]:
         file = tmp_path / f"{jobs}.json"
@@ -301,7 +301,7 @@ def test_there_are_at_most_as_many_processes_as_processors(
         yield from ()
 
     monkeypatch.setattr(f"attend_shared.{name}.{function}", fake)
-    monkeypatch.setattr("attend_shared.command.processors", lambda: there)
+    monkeypatch.setattr("attend_shared.command.common.processors", lambda: there)
     few = FEW if name == "parity" else ("--device", "cpu")
     run = attend(name, "--framework", "torch", *few, *(() if asked is None else ("--jobs", str(asked))))
     assert taken == [used or default]
@@ -319,7 +319,7 @@ def test_a_case_that_no_process_survives_is_a_failure_of_all_until_they_are_give
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parity, "CRASHES", 2)
-    monkeypatch.setattr("attend_shared.command.processors", lambda: 2)
+    monkeypatch.setattr("attend_shared.command.common.processors", lambda: 2)
     chosen = [Killed(each.levels) for each in cases.CASES[:2]]
     monkeypatch.setattr(cases, "select", lambda _: (*chosen, *cases.CASES[2:3]))
     monkeypatch.setattr(parity, "Processes", lambda jobs: processes.Processes(1))  # one after the other
@@ -413,6 +413,14 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # One framework, or none.
+
+
+@pytest.mark.parametrize("command", ["", "bench", "demo", "doctor", "explain", "parity", "port"])
+def test_help_loads_no_framework(command: str, tmp_path: Path) -> None:
+    run, loaded = elsewhere(*command.split(), "--help", cwd=tmp_path)
+    assert run.returncode == 0 and f"Usage: -c {command}".rstrip() in run.stdout, run.stdout + run.stderr
+    assert "click" in loaded
+    assert loaded.isdisjoint((*JAX, *TORCH, "attend_torch", "attend_jax", "triton", "matplotlib", "transformers"))
 
 
 @pytest.mark.parametrize(("framework", "absent"), [("torch", JAX), ("jax", TORCH)])

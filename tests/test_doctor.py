@@ -583,7 +583,7 @@ def test_what_cannot_be_run_is_said_in_a_line(arguments: tuple[str, ...], words:
 
 
 def test_a_picture_that_cannot_be_drawn_is_said_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attend_shared.command.find_spec", lambda name: None)
+    monkeypatch.setattr("attend_shared.command.doctor.find_spec", lambda name: None)
     run = attend("--picture", "x.png")
     assert run.exit_code == 2 and run.output.startswith("Error: --picture: it needs matplotlib")
 

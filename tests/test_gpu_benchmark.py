@@ -642,11 +642,11 @@ def test_the_command_says_where_the_benchmarks_are(monkeypatch: pytest.MonkeyPat
         ran.append((arguments[1:], env["PYTHONPATH"].split(os.pathsep)[0]))
         return SimpleNamespace(wait=lambda: 3, kill=lambda: None)
 
-    monkeypatch.setattr(attend_command.subprocess, "Popen", record)
+    monkeypatch.setattr("attend_shared.command.bench.subprocess.Popen", record)
     result = CliRunner().invoke(attend_command.main, ["bench", "--device", "cuda", "--minutes", "1"])
     assert result.exit_code == 3
     assert ran == [(["-m", "benchmarks.gpu", "--minutes", "1"], str(ROOT))]
-    monkeypatch.setattr(attend_command, "__file__", str(tmp_path / "a" / "b" / "c" / "command.py"))
+    monkeypatch.setattr("attend_shared.command.bench.__file__", str(tmp_path / "a" / "b" / "c" / "d" / "bench.py"))
     result = CliRunner().invoke(attend_command.main, ["bench"])
     assert result.exit_code == 2
     assert "The benchmarks are not installed with the packages. Get a checkout" in result.output

@@ -176,8 +176,9 @@ except ImportError as error:
 
 def test_command_line_loads_without_a_framework(tmp_path: Path) -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="attend")
-    found = imported([script.module], cwd=tmp_path, absent=TORCH + JAX + ("matplotlib", "transformers"))
-    assert found.isdisjoint(TORCH + JAX)
+    absent = (*TORCH, *JAX, "matplotlib", "transformers")
+    found = imported([script.module, "attend_shared.command"], cwd=tmp_path, absent=absent)
+    assert "click" in found and found.isdisjoint(TORCH + JAX)
 
 
 FLAGS = {

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from attend_shared import avoid, canaries, choice, compare, parity, report, runs, shapes
+from attend_shared import avoid, canaries, choice, compare, parity, runs, shapes
 from attend_shared.avoid import Machine, Rule
 from attend_shared.call import NAMES, Call
 from attend_shared.canaries import Canary
@@ -140,7 +140,7 @@ class Run(NamedTuple):
         elif others:
             head += f", but {others} of what it does not take is not"
         if self.stopped:
-            head = f"{report.stop_words(self.stopped, 'calls')}, {head}"
+            head = f"{parity.stop_words(self.stopped, 'calls')}, {head}"
         parts = [f"{counts['safe']} safe", f"{counts['refuses']} refused", f"{counts['wrong']} wrong"]
         parts += [f"{counts[name]} {name}" for name in ("crashed", "hung", "not run") if counts[name]]
         return f"{head} ({', '.join(parts)}, in {self.seconds:.0f} s)"
@@ -473,7 +473,7 @@ def as_json(run: Run) -> dict[str, Any]:
         ValueError: the run was stopped. Such a file would let through what was not run.
     """
     if run.stopped:
-        raise ValueError(f"run: expected a whole one, got one that was {report.stop_words(run.stopped, 'calls')}.")
+        raise ValueError(f"run: expected a whole one, got one that was {parity.stop_words(run.stopped, 'calls')}.")
     found: dict[str, Any] = {}
     chosen: dict[str, Any] = {}
     bits: dict[str, Any] = {}

@@ -30,7 +30,7 @@ from attend_shared.wrong_calls import WrongCall
 
 __all__ = ["CHECKS", "EVERYTHING", "FRAMEWORKS", "INSTALL", "LIMIT", "Difference", "MissingError", "Report", "Result",
            "Summary", "Twin", "call_wrongly", "difference", "examine", "explain", "hold", "load", "reasons", "refusals",
-           "run", "shapes", "share", "summarise", "versions", "where", "work"]  # fmt: skip
+           "run", "shapes", "share", "stop_words", "summarise", "versions", "where", "work"]  # fmt: skip
 
 FRAMEWORKS = ("torch", "jax")
 INSTALL = {name: f'pip install "attend-twin[{name}]"' for name in FRAMEWORKS}
@@ -510,6 +510,16 @@ def reasons(results: Iterable[Result]) -> list[tuple[str, str, str, int]]:
     )
     order = {key[:2]: n for n, key in enumerate(counts)}
     return [(*key, n) for key, n in sorted(counts.items(), key=lambda item: (order[item[0][:2]], -item[1], item[0]))]
+
+
+def stop_words(stopped: tuple[int, int] | None, of: str) -> str:
+    """What to say of a run that was stopped before its end, or "".
+
+    Example:
+        >>> stop_words((57, 303), "cases")
+        'stopped after 57 of 303 cases'
+    """
+    return "" if stopped is None else f"stopped after {stopped[0]} of {stopped[1]} {of}"
 
 
 def refusals(twins: Sequence[Twin], cases: Sequence[Case], device: str | None = None) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from attend_shared.parity import CHECKS, EVERYTHING, Difference, Result, Summary, reasons, summarise
+from attend_shared.parity import CHECKS, EVERYTHING, Difference, Result, Summary, reasons, stop_words, summarise
 
-__all__ = ["Apart", "Run", "as_html", "as_json", "finite", "number", "plain", "repeat", "stop_words", "write"]
+__all__ = ["Apart", "Run", "as_html", "as_json", "finite", "number", "plain", "repeat", "write"]
 
 
 class Run(NamedTuple):
@@ -66,16 +66,6 @@ class Run(NamedTuple):
         head = ", ".join(filter(None, ["FAILED" if counts["failed"] else head, stop_words(self.stopped, "cases")]))
         return (f"{head}: {counts['ok']} results as they should be, {counts['refused']} refused with a reason, "
                 f"{counts['failed']} wrong, in {self.seconds:.0f} s")  # fmt: skip
-
-
-def stop_words(stopped: tuple[int, int] | None, of: str) -> str:
-    """What to say of a run that was stopped before its end, or "".
-
-    Example:
-        >>> stop_words((57, 303), "cases")
-        'stopped after 57 of 303 cases'
-    """
-    return "" if stopped is None else f"stopped after {stopped[0]} of {stopped[1]} {of}"
 
 
 class Apart(NamedTuple):
