@@ -415,11 +415,9 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 # One framework, or none.
 
 
-@pytest.mark.parametrize("command", ["", "bench", "demo", "doctor", "explain", "parity", "port"])
-def test_help_loads_no_framework(command: str, tmp_path: Path) -> None:
-    run, loaded = elsewhere(*command.split(), "--help", cwd=tmp_path)
-    assert run.returncode == 0 and f"Usage: -c {command}".rstrip() in run.stdout, run.stdout + run.stderr
-    assert "click" in loaded
+def test_help_loads_no_framework(tmp_path: Path) -> None:
+    run, loaded = elsewhere("--help", cwd=tmp_path)
+    assert run.returncode == 0 and "Usage: " in run.stdout, run.stdout + run.stderr
     assert loaded.isdisjoint((*JAX, *TORCH, "attend_torch", "attend_jax", "triton", "matplotlib", "transformers"))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import torch
 import transformers
 from click.testing import CliRunner, Result
 from flax import nnx
+from packaging.requirements import Requirement
 
 from attend_jax.models import from_pretrained, generate
 from attend_shared import avoid, port
 from attend_shared.checkpoints import FLAX, read_weights, write
 from attend_shared.command import main
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.usefixtures("compile_fast")
 
 OPTIONS: dict[str, Any] = {
@@ -148,10 +151,29 @@ def test_what_cannot_be_done_is_said_in_words(source: Path, tmp_path: Path, monk
     assert run.exit_code == 2 and "model_type: expected one of bert" in run.output
     monkeypatch.setattr(port, "find_spec", lambda name: None if name == "transformers" else object())
     run = attend(source, tmp_path / "x", "--verify")
-    assert run.exit_code == 2 and "not installed: transformers" in run.output
+    assert run.exit_code == 2 and 'transformers is not installed. pip install "attend-twin[models]"' in run.output
     assert not (tmp_path / "x").exists(), "nothing is written that cannot be verified"
     with pytest.raises(ValueError, match="to: expected \"flax\" or \"torch\", got 'jax'"):
         port.port(source, tmp_path / "x", "jax")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("lacking", "words"),
+    [
+        (["safetensors"], 'safetensors is not installed. pip install "attend-twin[models]"'),
+        (["jax", "flax"], 'jax, flax are not installed. pip install "attend-twin[jax]"'),
+        (["flax", "safetensors"], 'flax, safetensors are not installed. pip install "attend-twin[jax,models]"'),
+    ],
+)
+def test_what_is_missing_is_named_with_just_what_installs_it(
+    lacking: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for package, extra in port.EXTRAS.items():
+        assert any(Requirement(each).name == package for each in extras[extra])
+    monkeypatch.setattr(port, "find_spec", lambda name: None if name in lacking else object())
+    run = attend(tmp_path / "source", tmp_path / "x")
+    assert (run.exit_code, run.output.strip()) == (2, f"Error: {words}")
 
 
 def test_a_name_that_a_terminal_would_obey_is_spelt_out(source: Path, tmp_path: Path) -> None:

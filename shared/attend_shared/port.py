@@ -35,6 +35,9 @@ BESIDE = (".json", ".txt", ".model", ".jinja")
 BESIDE_LIMIT = 50 * 2**20
 SEED, BATCH, LENGTH, WRITTEN = 0, 3, 24, 10
 
+EXTRAS = {"torch": "torch", "jax": "jax", "flax": "jax", "safetensors": "models", "transformers": "models"}
+"""The extra that installs a package."""
+
 
 class MissingError(Exception):
     """Something that is needed is not installed; the text says what to do."""
@@ -184,10 +187,12 @@ def verify(torch_folder: Path, flax_folder: Path) -> list[Layer]:
 
 
 def need(*names: str) -> None:
-    """Raises MissingError unless all of these packages are installed."""
+    """Raises MissingError unless all of these packages, each of `EXTRAS`, are installed."""
     lacking = [name for name in names if find_spec(name) is None]
     if lacking:
-        raise MissingError(f'not installed: {", ".join(lacking)}. Get it with: pip install "attend-twin[all]"')
+        extras = ",".join(dict.fromkeys(EXTRAS[name] for name in lacking))
+        are = "is" if len(lacking) == 1 else "are"
+        raise MissingError(f'{", ".join(lacking)} {are} not installed. pip install "attend-twin[{extras}]"')
 
 
 @contextmanager
