@@ -184,16 +184,31 @@ def test_ctrl_c_before_anything_runs_is_no_failure_of_it(monkeypatch: pytest.Mon
     assert attend("parity", *FEW).exit_code == 130
 
 
-def test_ctrl_c_while_a_file_is_written_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def unkilled() -> Iterator[None]:
+    """SIGTERM where the command leaves it as it was is an error of the test, and not its end."""
+
+    def fail(number: int, _: object) -> None:
+        raise RuntimeError("killed")
+
+    before = signal.signal(signal.SIGTERM, fail)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_stops_it_while_a_file_is_written_leaves_no_half_of_it(
+    number: int, status: int, unkilled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parity, "examine", lambda case, *_: os.kill(os.getpid(), signal.SIGINT))
     write = Path.write_bytes
 
     def half(self: Path, content: bytes) -> None:
         write(self, content[: len(content) // 2])
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Path, "write_bytes", half)
-    assert attend("parity", *FEW, "--framework", "torch", "--json", tmp_path / "x.json").exit_code == 130
+    assert attend("parity", *FEW, "--framework", "torch", "--json", tmp_path / "x.json").exit_code == status
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,7 +1,9 @@
 """`attend port`: both ways, the table of errors, and its exit status."""
 
 import json
+import os
 import re
+import signal
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from flax import nnx
 from packaging.requirements import Requirement
 
 from attend_jax.models import from_pretrained, generate
-from attend_shared import avoid, port
+from attend_shared import avoid, checkpoints, port
 from attend_shared.checkpoints import FLAX, read_weights, write
 from attend_shared.command import main
 
@@ -187,6 +189,20 @@ def test_a_name_that_a_terminal_would_obey_is_spelt_out(source: Path, tmp_path: 
     (tmp_path / "strange" / "model.safetensors.index.json").write_text(json.dumps(index))
     run = attend(tmp_path / "strange", tmp_path / "x")
     assert run.exit_code == 2 and r"not where it says: \ud800 in shard.safetensors" in run.output
+
+
+def test_one_that_is_stopped_leaves_nothing_half_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoints, "_write_file", stop)
+    run = attend(source, tmp_path / "x")
+    assert run.exit_code == 143, run.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_target_that_is_a_circle_of_links_is_no_folder(source: Path, tmp_path: Path) -> None:

@@ -5,13 +5,13 @@ Frameworks are loaded where they are asked for, and only those.
 
 from __future__ import annotations
 
-import signal
 from importlib import metadata
 from typing import Any
 
 import click
 
 from attend_shared.command.bench import bench_command
+from attend_shared.command.common import stoppable
 from attend_shared.command.demo import demo_command
 from attend_shared.command.doctor import doctor_command
 from attend_shared.command.explain import explain_command
@@ -29,15 +29,15 @@ def _version() -> str:
 
 
 class Commands(click.Group):
-    """Where Ctrl-C is not the command's own to deal with, its exit status is 130, as of any program."""
+    """Where Ctrl-C or SIGTERM is not the command's own to deal with, it takes away what it has half written, and its
+    exit status is 130 or 143, as of any program."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        try:
+        with stoppable() as stopped:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("Aborted!", err=True)
-            raise SystemExit(128 + signal.SIGINT) from None
+        click.echo("Aborted!", err=True)
+        raise SystemExit(128 + stopped[0])
 
 
 @click.group(
