@@ -1,5 +1,5 @@
 """Attentions for the doctor to find out: some planted, some as their libraries have them. It loads them by name in
-processes of its own, so what is wrong with them is wrong there. And a case for attend parity that is lost there."""
+processes of its own, so what is wrong with them is wrong there. And cases for attend parity that are lost there."""
 
 from __future__ import annotations
 
@@ -81,6 +81,15 @@ class Lost(Case):
         problem = super().build()
         _lose("torch", problem, lambda: os.kill(os.getpid(), signal.SIGSEGV))
         _lose("jax", problem, lambda: time.sleep(600))
+        return problem
+
+
+class Hung(Case):
+    """A case in which torch's einsum hangs."""
+
+    def build(self) -> Problem:
+        problem = super().build()
+        _lose("torch", problem, lambda: time.sleep(600))
         return problem
 
 

@@ -19,7 +19,7 @@ import attend_torch
 from attend_shared import avoid, cases, demo, parity, processes, report, wrong_calls
 from attend_shared.cases import Case
 from attend_shared.command import main
-from doctor_plants import Lost
+from doctor_plants import Hung, Lost
 
 FEW = ("--case", "square-float32-causal")
 JAX, TORCH = ("jax", "jaxlib", "flax"), ("torch",)
@@ -303,6 +303,15 @@ def test_what_dies_or_hangs_in_one_of_several_processes_has_failed_and_the_rest_
     assert lost["jax"].text == "no answer in 8 s"
 
 
+def test_with_a_limit_what_hangs_has_failed_in_one_process_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = [cases.find(name) for name in ("square-float32-lse", "square-float32-causal")]
+    monkeypatch.setattr(cases, "select", lambda _: (Hung(chosen[0].levels), chosen[1]))
+    run = attend("parity", "--framework", "torch", "--implementation", "einsum", "--limit", "3")
+    assert run.exit_code == 1, run.output
+    assert "torch einsum: square-float32-lse\nno answer in 3 s" in run.output
+    assert "FAILED: 1 results as they should be, 0 refused with a reason, 1 wrong" in run.output
+
+
 @pytest.mark.parametrize(("asked", "there", "used"), [(999, 2, 2), (3, 4, 3), (2, 2, 2), (2, 1, 1), (None, 9, None)])
 @pytest.mark.parametrize(("name", "function", "default"), [("parity", "run", 1), ("doctor", "examine", 4)])
 def test_there_are_at_most_as_many_processes_as_processors(
@@ -374,6 +383,9 @@ def test_who_stops_listening_waits_for_no_process(monkeypatch: pytest.MonkeyPatc
     ("arguments", "words"),
     [
         (("--jobs", "0"), "Invalid value for '--jobs'"),
+        (("--limit", "0"), "Invalid value for '--limit'"),
+        (("--limit", "nan"), "--limit: expected at most 9223372036 seconds, got nan"),
+        (("--limit", "inf"), "--limit: expected at most 9223372036 seconds, got inf"),
         (("--implementation", "flash3"), "--implementation: expected one of"),
         (("--case", "sqare"), "Did you mean square"),
         (("--case", "square-float32-causal", "--dtype", "float64"), "none of the 1 cases is float64"),

@@ -42,7 +42,8 @@ CHECKS = "checks"
 """Stands for an implementation in the results of wrong calls, which no implementation ever sees."""
 
 LIMIT = 600.0
-"""Seconds that one implementation may take for one case, in one of several processes, before it counts as hung."""
+"""Seconds that one implementation may take for one case, in one of several processes, before it counts as hung, where
+nothing else is said."""
 
 _PACKAGES = {"torch": ("torch",), "jax": ("jax", "jaxlib", "flax")}
 # Implementations that play one role in their frameworks, besides those of one name.
@@ -179,7 +180,7 @@ def run(
     device: str = "cpu",
     implementations: Sequence[str] = (),
     jobs: int = 1,
-    limit: float = LIMIT,
+    limit: float | None = None,
 ) -> Generator[Report, None, None]:
     """Run cases, one report after the other.
 
@@ -188,15 +189,15 @@ def run(
         cases: for example `attend_shared.cases.CASES`, or what `select` gives.
         device: "cpu" or "cuda".
         implementations: names; none are all.
-        jobs: how many processes run them. One is this process; several load the frameworks of twins anew. What dies or
-            hangs in one of several has failed, and the rest goes on in a fresh process.
-        limit: seconds that one implementation may take for one case, in one of several processes.
+        jobs: how many processes run them. One is this process where there is no limit; others load the frameworks of
+            twins anew. What dies or hangs in one of those has failed, and the rest goes on in a fresh process.
+        limit: seconds that one implementation may take for one case; None is `LIMIT` where there are several processes.
 
     Yields:
         A report for each case: of one process in their order, of several as they come. Whoever stops listening closes
         it, and ends with it what still runs.
     """
-    if jobs == 1:
+    if jobs == 1 and limit is None:
         for case in cases:
             yield examine(case, twins, device, implementations)
         return
@@ -220,7 +221,7 @@ def run(
                     process.answer(START)
                 process.ask((case, lost))
                 while found is None:
-                    at, found = process.answer(limit)
+                    at, found = process.answer(LIMIT if limit is None else limit)
             except Lost as error:
                 processes.end(process)
                 idle.put(None)
@@ -246,7 +247,7 @@ def _lost(case: Case, twin: Twin, it: Implementation, lost: Mapping[tuple[str, s
 
 
 def work(asked: Iterator[Any], say: Callable[[Any], None]) -> None:
-    """The other end of `run`, where several processes share the cases.
+    """The other end of `run`, where other processes run the cases.
 
     Args:
         asked: names of frameworks, device and implementations; then cases, each with what is lost: texts, by framework

@@ -76,6 +76,12 @@ def check_implementations(implementations: Sequence[str], twins: Sequence[Twin])
             raise Wrong(f"--implementation: expected one of {', '.join(dict.fromkeys(names))}, got {name!r}.")
 
 
+def check_limit(limit: float) -> None:
+    """Raises Wrong where so many seconds cannot be waited for."""
+    if not limit <= threading.TIMEOUT_MAX:  # NaN is not, either
+        raise Wrong(f"--limit: expected at most {threading.TIMEOUT_MAX:.0f} seconds, got {limit:g}.")
+
+
 def console() -> Console:
     """Standard output; what is not a terminal has no width to keep to."""
     console = Console(highlight=False, soft_wrap=False)

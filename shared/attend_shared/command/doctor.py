@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -23,6 +22,7 @@ from attend_shared.command.common import (
     Wrong,
     check_files,
     check_implementations,
+    check_limit,
     console,
     framework_option,
     implementation_option,
@@ -90,8 +90,7 @@ def doctor_command(
     that it takes is wrong, crashes or hangs; 2 if it cannot be run; 130 (Ctrl-C) or 143 (SIGTERM) if it was stopped,
     when it prints what it has found and writes no file. A file that ATTEND_AVOID names has its say in what is taken.
     """
-    if not limit <= threading.TIMEOUT_MAX:  # NaN is not, either
-        raise Wrong(f"--limit: expected at most {threading.TIMEOUT_MAX:.0f} seconds, got {limit:g}.")
+    check_limit(limit)
     check_files({"--output": output, "--picture": picture})
     for file in (output, picture):
         if file is not None and file.exists() and not force:

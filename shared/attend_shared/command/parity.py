@@ -21,6 +21,7 @@ from attend_shared.command.common import (
     Wrong,
     check_files,
     check_implementations,
+    check_limit,
     console,
     framework_option,
     implementation_option,
@@ -60,6 +61,11 @@ from attend_shared.parity import CHECKS, EVERYTHING, Result, Summary
     help="Processes that share the cases, at most one for each processor.",
 )  # fmt: skip
 @click.option(
+    "--limit", type=click.FloatRange(0, min_open=True),
+    help="Seconds that an implementation may take for a case before it counts as hung. A single process, too, is then "
+    f"not the command's own. Default: {parity.LIMIT:g} for several, none for one.",
+)  # fmt: skip
+@click.option(
     "--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="Write everything to this file."
 )
 @click.option("--html", "html_file", type=click.Path(dir_okay=False, path_type=Path), help="Write a page to this file.")
@@ -70,6 +76,7 @@ def parity_command(
     device: str,
     pattern: str,
     jobs: int,
+    limit: float | None,
     json_file: Path | None,
     html_file: Path | None,
 ) -> None:
@@ -80,6 +87,8 @@ def parity_command(
     Exit status: 0 if all is as it should be, 1 if anything is not, 2 if it cannot be run; 130 (Ctrl-C) or 143 (SIGTERM)
     if it was stopped.
     """  # fmt: skip
+    if limit is not None:
+        check_limit(limit)
     check_files({"--json": json_file, "--html": html_file})
     chosen = _cases(pattern, dtypes)
     calls = wrong_calls.WRONG_CALLS if pattern in ("", CHECKS) and not implementations and not dtypes else ()
@@ -107,7 +116,7 @@ def parity_command(
         for result in parity.call_wrongly(twins, device, calls):
             checks.append(result)
             progress.update(task, advance=1, description=CHECKS)
-        with closing(parity.run(twins, chosen, device, implementations, jobs)) as reports:
+        with closing(parity.run(twins, chosen, device, implementations, jobs, limit)) as reports:
             for each in reports:
                 if stopped:  # what a framework made of it is no result
                     break
