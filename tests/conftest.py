@@ -1,5 +1,6 @@
 """Settings that must stand before a framework is imported, and `require` for packages that may not be there."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -35,15 +36,34 @@ settings.load_profile("attend")
 collect_ignore = ["interpreter.py"]
 
 
-@pytest.fixture(scope="module")
-def compile_fast() -> Iterator[None]:
-    """JAX's programs are made in less time and run in more, for modules whose programs run once."""
+def _compile_fast() -> Iterator[None]:
+    """JAX's programs are made in less time and run in more, for modules, or tests, whose programs run once."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+compile_fast = pytest.fixture(_compile_fast, scope="module")
+compile_fast_here = pytest.fixture(_compile_fast)
+
+
+gc.disable()  # until all is collected
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: to search all of it for garbage, time and again, is up to a quarter of a run."""
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture
+def little_garbage() -> None:
+    """For tests that search for garbage time and again: what there is from before is left out of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ RAGGED: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", RAGGED)
-def test_ragged_blocks_agree_with_einsum_to_the_second_derivative(name: str) -> None:
+def test_ragged_blocks_agree_with_einsum_to_the_second_derivative(name: str, compile_fast_here: None) -> None:
     sizes, options = RAGGED[name]
     q, k, v = arrays(*sizes)
     floats = {key: options[key] for key in ("bias", "sinks") if key in options}

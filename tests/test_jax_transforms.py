@@ -142,7 +142,7 @@ def test_forward_mode_is_right_or_an_error(implementation: str) -> None:
 
 
 @EACH
-def test_empty_rows_make_no_nan_on_the_way(implementation: str) -> None:
+def test_empty_rows_make_no_nan_on_the_way(implementation: str, little_garbage: None) -> None:
     """Under JAX's own watch for NaN and for tracers that get out, with every cause of an empty row."""
     bias = np.zeros((1, 1, N, N), np.float32)
     bias[0, 0, :1] = -np.inf

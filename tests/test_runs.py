@@ -358,7 +358,7 @@ def test_jax_arrays_are_looked_at_once_and_numpy_arrays_each_time(looks: list[in
     assert not attend_jax.runs._KNOWN
 
 
-def test_what_a_jit_knows(looks: list[int]) -> None:
+def test_what_a_jit_knows(looks: list[int], little_garbage: None) -> None:
     ids = jnp.asarray(IDS)
     expected = jax_ask(ids, "einsum")
     np.testing.assert_array_equal(jax.jit(lambda: jax_ask(ids))(), expected)  # a constant
