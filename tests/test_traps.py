@@ -286,10 +286,13 @@ def test_a_row_of_one_finite_fill_is_even(framework: str, fill: float) -> None:
 
 @both_frameworks
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=["plain", "causal"])
-def test_huge_logits_have_a_largest(framework: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("keys", "lse", "dtype"), [(64, True, "float32"), (5, False, "float32"), (5, False, "bfloat16")]
+)
+def test_huge_logits_have_a_largest(framework: str, options: dict[str, Any], keys: int, lse: bool, dtype: str) -> None:
     """A product rounded in one place and not in another is no more the largest: 0 / 0, in jax.nn for few keys."""
-    it = problem((1, 2, 64, 64, 16), scale=0.3, lse=True, **options)
-    given = it.arguments | {name: it.arguments[name] * np.float32(1e6) for name in "qk"}
+    it = problem((1, 2, keys, keys, 16), scale=0.3, dtype=dtype, lse=lse, **options)
+    given = it.arguments | {name: round_to(it.arguments[name] * 1e6, dtype) for name in "qk"}
     q, k = (given[name].astype(np.float64) for name in "qk")
     own = np.abs(0.3 * np.einsum("bhid,bhjd->bhij", q, k))
     assert own.max() > 1e12

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from attend_jax.arrays import allowed, hide
 from attend_shared.call import Arrays, Call
 
+FEW = 32  # keys, up to which XLA on a CPU may make one loop of all of it (8 do, 16 do not)
+
 
 def unavailable() -> str | None:
     """None: every JAX that Flax works with has it."""
@@ -73,9 +75,13 @@ def attend(call: Call, arrays: Arrays) -> tuple[jax.Array, None]:
         else:
             bias = jnp.where(may, arrays.bias.astype(jnp.float32), 0)
             options["bias"] = jnp.where(may | ~alive, bias, -jnp.inf)
+    q, k, v, scale = *arrays[:3], call.scale
+    if call.j <= FEW:  # in one loop, logits less the largest are not rounded as it is: 0 / 0 where they are huge
+        q, k, v, scale = q.astype(jnp.float32) * scale, k.astype(jnp.float32), v.astype(jnp.float32), 1.0
     # Settings of this trace: float32 products in full; and jax.nn widens float16 by itself, which strict mode forbids.
     with jax.default_matmul_precision("highest"), jax.numpy_dtype_promotion("standard"):
         out = jax.nn.dot_product_attention(
-            *(x.swapaxes(1, 2) for x in arrays[:3]), scale=call.scale, implementation="xla", **options
-        ).swapaxes(1, 2)
+            *(x.swapaxes(1, 2) for x in (q, k, v)), scale=scale, implementation="xla", **options
+        )
+        out = out.swapaxes(1, 2).astype(call.dtype)
     return (out if alive is None else jnp.where(alive, out, 0)), None
