@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -19,6 +19,7 @@ import triton as language
 import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from triton.language import core
 from triton.runtime import interpreter
 
 from attend_shared import cases, compare
@@ -64,6 +65,28 @@ def _patch_lang(function: Any) -> Any:
 
 
 interpreter._patch_lang = _patch_lang
+
+# Every value has a type, with a name that is put together anew each time; few differ.
+_np_dtype, _tuple_type = cache(interpreter._get_np_dtype), core._type_for_tuple_values
+_types: dict[tuple[int, ...], Any] = {}
+
+
+def _get_np_dtype(of: Any) -> Any:
+    of = of.element_ty if isinstance(of, tl.block_type) else of
+    return np.dtype(np.uint64) if isinstance(of, tl.pointer_type) else _np_dtype(of)
+
+
+def _type_for_tuple_values(values: Any, fields: Any = None) -> Any:
+    """Triton's; of the sizes of a block it is made once."""
+    sizes = tuple(x.value if type(x) is tl.constexpr else x for x in values)
+    if fields is not None or not all(type(x) is int for x in sizes):
+        return _tuple_type(values, fields)
+    if sizes not in _types:
+        _types[sizes] = _tuple_type(values)
+    return _types[sizes]
+
+
+interpreter._get_np_dtype, core._type_for_tuple_values = _get_np_dtype, _type_for_tuple_values
 
 
 def run_cases(*names: str) -> dict[str, str]:
