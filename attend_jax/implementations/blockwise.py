@@ -65,18 +65,23 @@ class Floats(NamedTuple):
     sinks: Any
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call: Call, floats: Floats, data: Arrays) -> tuple[Array, Array]:
-    return _attend_fwd(call, floats, data)[0]
+    return _results(call, floats, data, *_forward(call, *lax.stop_gradient((floats, data))))
 
 
-def _attend_fwd(call: Call, floats: Floats, data: Arrays) -> tuple:
-    out, m, total = _forward(call, floats, data)
-    return (out.astype(floats.q.dtype), _lse(m, total)), (floats, data, out, m, total)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _results(call: Call, floats: Floats, data: Arrays, out: Array, m: Array, total: Array) -> tuple[Array, Array]:
+    """out and lse, which are functions of floats, of what the way forward kept, which is not."""
+    return out.astype(floats.q.dtype), _lse(m, total)
 
 
-def _attend_bwd(call: Call, saved: tuple, cotangents: tuple) -> tuple:
-    return _gradients(call, *saved, *cotangents), None
+def _results_fwd(call: Call, *given: Any) -> tuple:
+    """Itself, and not what it does: where a gradient is differentiated, so is this."""
+    return _results(call, *given), given
+
+
+def _results_bwd(call: Call, saved: tuple, cotangents: tuple) -> tuple:
+    return _gradients(call, *saved, *cotangents), None, None, None, None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -89,7 +94,7 @@ def _gradients(
 def _gradients_fwd(
     call: Call, floats: Floats, data: Arrays, out: Array, m: Array, total: Array, dout: Array, dlse: Array
 ) -> tuple:
-    return _backward(call, floats, data, out, m, total, dout, dlse), (floats, data, dout, dlse)
+    return _gradients(call, floats, data, out, m, total, dout, dlse), (floats, data, dout, dlse)
 
 
 def _gradients_bwd(call: Call, saved: tuple, cotangents: Floats) -> tuple:
@@ -103,7 +108,7 @@ def _gradients_bwd(call: Call, saved: tuple, cotangents: Floats) -> tuple:
     return dfloats, None, None, None, None, ddout, ddlse
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_results.defvjp(_results_fwd, _results_bwd)
 _gradients.defvjp(_gradients_fwd, _gradients_bwd)
 
 
