@@ -60,8 +60,10 @@ def keep_block(
     Returns:
         bool (..., n, 4 * m).
     """
-    item, head, rows, quads = (x.astype(jnp.uint32) for x in (item, head, rows, quads))
-    drawn = jnp.stack(jnp.broadcast_arrays(*words((quads, rows[:, None], head, item), (seed[0], seed[1]))), -1)
+    item, head, row, quad = (x.astype(jnp.uint32) for x in (item, head, rows[:, None], quads[None]))
+    axes = range(max(item.ndim, head.ndim, 2) - 2)  # said outright: under jax_numpy_rank_promotion none is added unseen
+    counter = jnp.expand_dims(quad, axes), jnp.expand_dims(row, axes), head, item
+    drawn = jnp.stack(jnp.broadcast_arrays(*words(counter, (seed[0], seed[1]))), -1)
     return drawn.reshape(*drawn.shape[:-2], 4 * quads.size) >= np.uint32(threshold(dropout))
 
 
@@ -78,7 +80,7 @@ def keep_mask(seed: jax.Array, b: int, h: int, i: int, j: int, dropout: float, f
         bool (b, h, i, j).
     """
     item, head, rows, quads = (jnp.arange(n, dtype=jnp.int32) for n in (b, h, i, -(-j // 4)))
-    kept = keep_block(seed, item[:, None, None, None], head[:, None, None], first + rows, quads, dropout)
+    kept = keep_block(seed, item[:, None, None, None], head[None, :, None, None], first + rows, quads, dropout)
     return kept[..., :j]
 
 

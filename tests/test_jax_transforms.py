@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 from attend_jax import attend, explain, merge
 from attend_jax.implementations import einsum as einsum_file
 from attend_shared import oracle, philox
+from attend_shared.errors import UnsupportedError
 
 B, H, HK, N, D = 2, 4, 2, 6, 8
 CLOSE = {"rtol": 2e-5, "atol": 4e-6}  # the same float32 sums in another order, of values of size 1
@@ -169,6 +171,23 @@ def test_strict_promotion_with_x64(implementation: str) -> None:
         run = partial(value_and_gradients, partial(attend, **options, implementation=implementation))
         out, gradients = jax.jit(run)(*qkv())
     assert {x.dtype for x in (out, *gradients)} == {np.dtype(np.float32)}
+
+
+@EACH
+def test_no_axis_is_added_unseen(implementation: str) -> None:
+    """As by chex and some models, which ask JAX to raise where arrays of unlike ranks meet."""
+    options: dict[str, Any] = {"mask": with_empty_rows(), "kv_lengths": np.array([2, 6]), "q_lengths": np.array([5, 6])}
+    options |= {"q_offset": np.array([0, 1]), "window_size": (3, 1), "q_segment_ids": np.zeros((B, N), np.int32)}
+    more = {"softcap": 3.0, "bias": jnp.zeros((1, 1, N, N)), "dropout": 0.2, "dropout_seed": 1, "return_lse": True}
+
+    def loss(sinks: jax.Array | None, **options: Any) -> jax.Array:
+        found = attend(*qkv(), sinks=sinks, **options, implementation=implementation)
+        return sum((x.sum() for x in jax.tree.leaves(found)), jnp.float32(0))
+
+    with jax.numpy_rank_promotion("raise"):
+        loss(None, **options)
+        with suppress(UnsupportedError):
+            jax.grad(partial(loss, **options, **more))(jnp.zeros(H))
 
 
 # Dropout seeds.

@@ -405,7 +405,7 @@ def _backward(
         dbias = dbias[:, :, : floats.bias.shape[2], : floats.bias.shape[3]].astype(floats.bias.dtype)
     dsinks = None
     if floats.sinks is not None:
-        weight = jnp.exp(floats.sinks.astype(wide)[:, None] - shift - log_total)  # (b h i)
+        weight = jnp.exp(floats.sinks.astype(wide)[None, :, None] - shift - log_total)  # (b h i)
         dsinks = (weight * slope).sum((0, 2)).astype(floats.sinks.dtype)
     return Floats(dq, dk, dv, dbias, dsinks)
 

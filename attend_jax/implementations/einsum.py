@@ -53,7 +53,7 @@ def compute(
         s, may = custom(call, s, may, first, first_key)
     if may is not None:
         s = jnp.where(may, s, -jnp.inf)
-    sink = jnp.full((), -jnp.inf, wide) if arrays.sinks is None else arrays.sinks.astype(wide)[:, None]
+    sink = jnp.full((), -jnp.inf, wide) if arrays.sinks is None else arrays.sinks.astype(wide)[None, :, None]
     p, _, lse = _softmax(s, sink)
     if call.dropout:
         keep = philox.keep_mask(arrays.dropout_seed, call.b, call.h, call.i, call.j, call.dropout, first)
@@ -77,7 +77,7 @@ def times(s: jax.Array, factor: float) -> jax.Array:
 def _softmax(s: jax.Array, sink: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """exp(s - lse), exp(sink - lse) and lse of logits (b h i j), an empty row giving zeros and -inf.
 
-    With a sink, (h 1), it gives that. The second of them is for derivatives: not by lse, which loses log(total) where
+    With a sink, (1 h 1), it gives that. The second of them is for derivatives: not by lse, which loses log(total) where
     logits are huge.
     """
     top = jnp.maximum(s.max(-1, initial=-jnp.inf), sink)

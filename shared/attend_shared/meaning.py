@@ -49,9 +49,9 @@ def structured(call: Call, arrays: Arrays, query: Any, key: Any) -> Any:
     if call.segments:
         allowed = both(allowed, arrays.q_segment_ids[:, None, :, None] == arrays.kv_segment_ids[:, None, None, :])
     if call.kv_lengths:
-        allowed = both(allowed, (key < arrays.kv_lengths[:, None])[:, None, None, :])
+        allowed = both(allowed, (key[None] < arrays.kv_lengths[:, None])[:, None, None, :])
     if call.q_lengths:
-        allowed = both(allowed, (query < arrays.q_lengths[:, None])[:, None, :, None])
+        allowed = both(allowed, (query[None] < arrays.q_lengths[:, None])[:, None, :, None])
     return allowed
 
 
@@ -135,7 +135,7 @@ def excluded_keys(call: Call, arrays: Arrays, key: Any, contains: Callable[[Any,
     if call.key_masked:
         kept = arrays.mask[:, 0, 0, :]
     if call.kv_lengths:
-        kept = both(kept, key < arrays.kv_lengths[:, None])
+        kept = both(kept, key[None] < arrays.kv_lengths[:, None])
     if call.segments:
         kept = both(kept, contains(arrays.q_segment_ids, arrays.kv_segment_ids))
     return None if kept is None else ~kept
@@ -143,7 +143,7 @@ def excluded_keys(call: Call, arrays: Arrays, key: Any, contains: Callable[[Any,
 
 def dead_queries(call: Call, arrays: Arrays, query: Any) -> Any:
     """Rows that q_lengths empties: bool (b, i), or None."""
-    return (query >= arrays.q_lengths[:, None]) if call.q_lengths else None
+    return (query[None] >= arrays.q_lengths[:, None]) if call.q_lengths else None
 
 
 def hide(
