@@ -472,15 +472,14 @@ def exact() -> dict[str, float]:
         gradients = torch.autograd.grad(out, given[: 3 if "bias" in options else 2], dout)
         found[name] = max(x.abs().max().item() for x in gradients)
 
-    def off(q: torch.Tensor, k: torch.Tensor, **options: Any) -> float:
+    def off(q: torch.Tensor, k: torch.Tensor, sinks: torch.Tensor | None = None, **options: Any) -> float:
         results = []
         for name, dtype in ("triton", torch.float32), ("einsum", torch.float64):
-            wide = {key: x.to(dtype) if key == "sinks" else x for key, x in options.items()}
-            given = [x.to(dtype).requires_grad_() for x in (q, k, v, *([wide["sinks"]] if "sinks" in wide else []))]
-            wide |= {"sinks": given[3]} if len(given) > 3 else {}
-            out, lse = attend(*given[:3], return_lse=True, implementation=name, **wide)
+            given = [None if x is None else x.to(dtype).requires_grad_() for x in (q, k, v, sinks)]
+            out, lse = attend(*given[:3], sinks=given[3], return_lse=True, implementation=name, **options)
             loss = (out * dout.to(dtype)).sum() + (lse * table[:, :, :, 0]).sum()
-            results.append([x.double() for x in (out, *torch.autograd.grad(loss, given))])
+            gradients = torch.autograd.grad(loss, [x for x in given if x is not None])
+            results.append([x.double() for x in (out, *gradients)])
         return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
 
     found["lse"] = off(q, k, mask=mask)

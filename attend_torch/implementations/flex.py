@@ -87,9 +87,9 @@ def refusal(call: Call) -> str | None:
 
 def cannot(call: Call, kernels: bool = False) -> str | None:
     """The same, wherever it runs; with `kernels`, what those of a GPU get wrong as well."""
-    if kernels and call.dtype == "float32" and call.biased_gradient:  # forward and back do not round scores alike
-        return "its float32 gradients beside a bias miss the error budget where scores are large"
     if kernels and call.dtype == "float32" and call.gradient:
+        if call.biased_gradient:  # forward and back do not round scores alike
+            return "its float32 gradients beside a bias miss the error budget where scores are large"
         if call.j == 1:
             return "its float32 gradient of a single key, which is 0, misses the error budget"
         if call.sinks:  # sigmoid's slope x (1 - x) loses what is small behind 1
