@@ -17,9 +17,10 @@ LONG = {name: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") 
 def call_of(call: Call | None = None, **options: Any) -> Call:
     x = torch.empty(2, 4, 96, 64, dtype=torch.bfloat16, device="meta")
     static = {name: options.pop(name, default) for name, default in
-              (("is_causal", False), ("window_size", None), ("softcap", None), ("scale", None), ("dropout", 0.0))}
+              (("is_causal", False), ("window_size", None), ("softcap", None), ("scale", None), ("dropout", 0.0),
+               ("return_lse", False))}
     arrays = Arrays(**{"q": x, "k": x, "v": x} | options)
-    return check(FRAMEWORK, arrays, *static.values(), False, "bhnd", None)._replace(platform="cuda")
+    return check(FRAMEWORK, arrays, *static.values(), "bhnd", None)._replace(platform="cuda")
 
 
 def compile_for_hopper(

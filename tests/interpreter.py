@@ -631,7 +631,7 @@ def in_torch() -> dict[str, str]:
     ours, others = (gradients(partial(attend, **options, implementation=name), *wide) for name in ("triton", "einsum"))
     off = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(ours, others, strict=True))
     found["dk and dv in two passes"] = "ok" if off < 2e-3 else f"{off} of the largest"
-    data = (q, k, v, None, bias, None, None, None, None, None, sinks, None, None, 0, 0, 0.5, None, 0.0)
+    data = (q, k, v, None, bias, None, None, None, None, None, sinks, None, None, 0, 0, 0.5, None, 0.0, True)
     torch.library.opcheck(torch.ops.attend_torch.triton.default, data, test_utils=("test_schema", "test_faketensor"))
     found["operator"] = "ok"
     first = torch.autograd.grad(attend(q, k, v, implementation="triton").sum(), q, create_graph=True)[0]

@@ -41,7 +41,11 @@ ROWS64 = {name: x[..., :64] for name, x in LONG.items()}
         ({"window_size": (500, 10)}, "forward"),
         ({"window_size": (500, 11)}, "plain"),
         ({"window_size": (5, None)}, "plain"),
-        ({"softcap": 3.0}, "forward"),
+        ({"softcap": 3.0}, "plain"),
+        ({"softcap": 50.0, "window_size": (500, 11)}, "plain"),
+        ({"softcap": 51.0}, "forward"),  # the chip's own tanh is too coarse for it,
+        ({"softcap": 3.0, "return_lse": True}, "forward"),  # for lse in float32,
+        ({"softcap": 3.0} | {name: x.half() for name, x in LONG.items()}, "forward"),  # and for float16
         ({"scale": -1.0}, "forward"),
         ({"sinks": torch.empty(4, device="meta")}, "forward"),
         ({"mask": torch.empty(2, 2048, dtype=torch.bool, device="meta")}, "forward"),
@@ -140,6 +144,21 @@ def test_a_compiled_call_gets_the_same_kernel(at: int, kernel: str, monkeypatch:
         assert plan.forward[-1].launch.kernel == kernel
 
 
+@pytest.mark.parametrize(("return_lse", "kernel"), [(False, "plain"), (True, "forward")])
+def test_a_compiled_call_is_told_whether_lse_is_wanted(
+    return_lse: bool, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a softcap the kernel hangs on it, and out's bits on the kernel."""
+    monkeypatch.setattr(triton, "capability", lambda: "9.0")
+    x = torch.zeros(1, 2, 2048, 128, dtype=torch.bfloat16)
+    eager = call_of(q=x, k=x, v=x, softcap=30.0, return_lse=return_lse)
+    given = Arrays(x, x, x)
+    compiled = triton._canonical(given, None, None, None, eager.scale, 30.0, 0.0, return_lse)
+    for call, arrays in ((eager, canonical(eager, given)), compiled):
+        plan, _ = triton._prepare(call._replace(platform="cuda"), arrays)
+        assert plan.forward[-1].launch.kernel == kernel
+
+
 def plain_launch(**options: Any) -> tuple[Call, Launch]:
     call = call_of(**LONG | options)
     x = (4 * 2048 * 128, 2048 * 128, 128)
@@ -147,7 +166,9 @@ def plain_launch(**options: Any) -> tuple[Call, Launch]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"is_causal": True}, {"window_size": (600, 0)}], ids=["full", "causal", "window"]
+    "options",
+    [{}, {"is_causal": True}, {"window_size": (600, 0)}, {"softcap": 30.0}],
+    ids=["full", "causal", "window", "softcap"],
 )
 def test_the_kernel_of_compute_capability_9_compiles_in_jax(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -164,6 +185,7 @@ def test_the_kernel_of_compute_capability_9_compiles_in_jax(
     assert made.shared <= 227 * 1024
     for instruction in ("wgmma.mma_async", "setmaxnreg", "cp.async.bulk.tensor.4d"):
         assert instruction in made.ptx
+    assert ("tanh.approx.f32" in made.ptx) == ("softcap" in options)
     assert made.boxes == ((3, (1, 1, 64, 64)), *((3, (1, 1, 128, 64)),) * 2)
     arguments = made.ptx.partition(".visible .entry plain(")[2].partition(")")[0].count(".param")
     # each descriptor has its sizes behind it, and jaxlib adds two for scratch memory

@@ -71,7 +71,7 @@ def attend(call: Call, arrays: Arrays) -> tuple[Tensor, Tensor]:
     if is_traced(arrays.q):  # what looks on takes the operator whole
         offset = _offset(call, arrays)
         arrays = arrays if isinstance(arrays.q_offset, Tensor) else arrays._replace(q_offset=None)
-        options = call.left, call.right, offset, call.scale, call.softcap, call.dropout
+        options = call.left, call.right, offset, call.scale, call.softcap, call.dropout, call.return_lse
         out, lse, *_ = torch.ops.attend_torch.triton(*arrays, *options)
     elif is_watched():
         out, lse, *_ = _Attend.apply(call, *arrays)
@@ -419,8 +419,14 @@ def _found(call: Call, known: dict[str, Tensor], wanted: Sequence[bool]) -> list
 # The operators, for compilers: triton(*arrays, *options), and triton_gradients(*arrays, *saved, wants_bias, *options).
 
 
+def _canonical(arrays: Sequence[Tensor | None], *options: Any) -> tuple[Call, Arrays]:
+    """As `blockwise.canonical`; the last option says whether lse is wanted, on which the kernel may hang."""
+    call, data = blockwise.canonical(arrays, *options[:-1])
+    return call._replace(return_lse=options[-1]), data
+
+
 def _operator(*inputs: Any) -> tuple[Tensor, ...]:
-    found = _saved(*_forward(*blockwise.canonical(inputs[:COUNT], *inputs[COUNT:])))
+    found = _saved(*_forward(*_canonical(inputs[:COUNT], *inputs[COUNT:])))
     return _whole(inputs[0], found[:COMPILED])
 
 
@@ -434,8 +440,8 @@ def _operator_fake(*inputs: Any) -> tuple[Tensor, ...]:
     plain = data.bias is None and data.sinks is None
     shapes = (b, h, i), (b, h, rows), (0,) if plain else (b, h, rows), out.shape if finer else (0,)
     saved = [q.new_empty(shape, dtype=torch.float32) for shape in (*shapes, (0,))]
-    if inputs[-1]:
-        call, _ = blockwise.canonical(inputs[:COUNT], *inputs[COUNT:])
+    if inputs[-2]:  # dropout
+        call, _ = _canonical(inputs[:COUNT], *inputs[COUNT:])
         if plans.keeps_drawn(call):
             saved[-1] = q.new_empty(plans.drawn_shape(call), dtype=torch.int32)
     return out, *saved
@@ -445,7 +451,7 @@ def _operator_gradients(*inputs: Any) -> tuple[Tensor, ...]:
     """dq, dk, dv, dbias and dsinks, the last two of shape (0,) where there are none or they are not wanted."""
     behind = COUNT + COMPILED
     saved, (dout, dlse, wants_bias) = inputs[COUNT:behind], inputs[behind : behind + 3]
-    call, arrays = blockwise.canonical(inputs[:COUNT], *inputs[behind + 3 :])
+    call, arrays = _canonical(inputs[:COUNT], *inputs[behind + 3 :])
     wanted = True, True, True, wants_bias, arrays.sinks is not None
     gradients = _gradients(call, arrays, saved, dout, dlse, wanted)
     return tuple(dout.new_empty(0) if x is None else x for x in gradients)
@@ -476,10 +482,9 @@ def _derive(ctx: Any, dout: Tensor, dlse: Tensor, *_: Any) -> tuple:
 _FIVE, _SIX = ("(" + ", ".join(["Tensor"] * n) + ")" for n in (5, 6))
 _TENSORS = ", ".join(f"Tensor {name}" for name in (*SAVED[:COMPILED], "dout", "dlse"))
 _LIBRARY = torch.library.Library("attend_torch", "FRAGMENT")
-_LIBRARY.define(f"triton({blockwise.ARRAYS}, {blockwise.OPTIONS}) -> {_SIX}")
-_LIBRARY.define(
-    f"triton_gradients({blockwise.ARRAYS}, {_TENSORS}, bool wants_bias, {blockwise.OPTIONS}) -> {_FIVE}"
-)
+_OPTIONS = f"{blockwise.OPTIONS}, bool return_lse"
+_LIBRARY.define(f"triton({blockwise.ARRAYS}, {_OPTIONS}) -> {_SIX}")
+_LIBRARY.define(f"triton_gradients({blockwise.ARRAYS}, {_TENSORS}, bool wants_bias, {_OPTIONS}) -> {_FIVE}")
 for _name, _function, _fake in (
     ("triton", _operator, _operator_fake),
     ("triton_gradients", _operator_gradients, _operator_gradients_fake),

@@ -21,6 +21,7 @@ WIDE = 512  # keys of a window, from which on it is faster: a tile costs it as m
 LONG = 8192  # keys, beyond which rows are so long that a program has one head: few programs end apart
 MANY_TILES = 2**12  # too many to go through them one by one when a call is planned
 NEIGHBOURS = 2**16, 2**17, 2**18  # keys of the heads whose longest rows come first; the L2 cache holds twice the first
+SHORT_TANH = 50.0  # of softcaps up to which tanh is that of the chip; see docs/kernel-notes.md
 NARROW = Tile(192, 128, 4, 3)  # of narrow.narrow, the same
 NARROW_KEYS = 2048  # the same
 LONG_KEYS = Tile(64, 128, 4, 4)  # of keys.long_key_gradients, the same
@@ -50,8 +51,17 @@ def runs_gluon(capability: str) -> bool:
 
 
 def is_plain(call: Call, layout: Layout) -> bool:
-    """Whether `hopper.plain` makes the same, faster: nothing but a window."""
+    """Whether `hopper.plain` makes the same, faster: nothing but a window and a softcap."""
+    if _has_short_tanh(call):
+        call = call._replace(softcap=None)
     return _is_long(call, layout, 128, PLAIN_KEYS, PLAIN) and _width(call) >= WIDE and call.sinks is None
+
+
+def _has_short_tanh(call: Call) -> bool:
+    """Whether tanh may be 2^-11 of itself off, and a weight SHORT_TANH times that: less than the budget of results in
+    bfloat16, if not that of lse.
+    """
+    return call.softcap is not None and call.softcap <= SHORT_TANH and call.dtype == "bfloat16" and not call.return_lse
 
 
 def _is_long(call: Call, layout: Layout, d: int, keys: int, size: Tile) -> bool:
@@ -104,10 +114,11 @@ def plain(call: Call, shared: Shared, results: tuple[Output, ...]) -> Launch:
     return Launch(
         "plain", (cdiv(call.i, PLAIN.queries), cdiv(call.b * call.h, each), 1),
         ("q", "k", "v"),
-        (call.b * call.h, call.h, call.i, call.j, shared.rows, low, high, shared.factor), results,
+        (call.b * call.h, call.h, call.i, call.j, shared.rows, low, high, shared.factor, shared.cap or shared.factor),
+        results,
         {"GROUP": call.h // call.hk, "D": call.d, "BN": PLAIN.keys, "EACH": each, **_several(Q=q, K=k, V=v),
-         "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None,
-         "STAGES_K": PLAIN.stages, "STAGES_V": PLAIN.stages},
+         "BNHD": shared.bnhd, "SOFTCAP": call.softcap is not None, "LEFT": call.left is not None,
+         "RIGHT": call.right is not None, "STAGES_K": PLAIN.stages, "STAGES_V": PLAIN.stages},
         PLAIN.warps, 1, "hopper",
         {"q": _blocks(call, q, call.h, call.i, PLAIN.queries // 2), "k": _blocks(call, k, call.hk, call.j, PLAIN.keys),
          "v": _blocks(call, v, call.hk, call.j, PLAIN.keys)},

@@ -107,6 +107,14 @@ def _load(
 
 
 @gluon.jit
+def _tanh(s, inner):
+    """tanh(s inner), off by 2^-11 of itself at most: one operation of the special function unit."""
+    return gl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [s * inner], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
 def _masked(
     s, begin, least, most, LOGITS: gl.constexpr, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
 ):
@@ -138,9 +146,9 @@ def _weights(s, m, total, factor, SUMS: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def _turn(
-    count, begin, queries, keys_of, values_of, spare, bars, acc, p, m, total, least, most, factor,
-    LOGITS: gl.constexpr, SUMS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, CUT: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
+    count, begin, queries, keys_of, values_of, spare, bars, acc, p, m, total, least, most, inner,
+    factor, LOGITS: gl.constexpr, SUMS: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, CUT: gl.constexpr,
+    SOFTCAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
 ):  # fmt: skip
     """The sum of values of the block with this count, and the weights of the next, which begins at a key."""
     ahead = count + 1
@@ -153,6 +161,8 @@ def _turn(
     acc = warpgroup_mma(p, values_of.index(at_v).reshape((BN, D)), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=(s,))
     mbarrier.arrive(bars.index(STAGES_K + at_k), count=1)
+    if SOFTCAP:
+        s = _tanh(s, inner)
     if CUT:
         s = _masked(s, begin, least, most, LOGITS, BN, LEFT, RIGHT)
     later, shrink, m, total = _weights(s, m, total, factor, SUMS, p.dtype)
@@ -166,9 +176,9 @@ def _turn(
 
 @gluon.jit
 def _attend(
-    WHICH: gl.constexpr, queries_of, keys_of, values_of, spares, bars, N, H, I, J, P, low, high, factor,
-    out, lse, top, D: gl.constexpr, BN: gl.constexpr, EACH: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
+    WHICH: gl.constexpr, queries_of, keys_of, values_of, spares, bars, N, H, I, J, P, low, high, inner, factor,
+    out, lse, top, D: gl.constexpr, BN: gl.constexpr, EACH: gl.constexpr, BNHD: gl.constexpr, SOFTCAP: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
 ):  # fmt: skip
     """out, lse and top of 64 queries of each tile."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
@@ -196,6 +206,8 @@ def _attend(
         zeros = gl.zeros((ROWS, BN), gl.float32, LOGITS)
         s = warpgroup_mma(queries, keys_of.index(at).reshape((BN, D)).permute((1, 0)), zeros, use_acc=False)
         mbarrier.arrive(bars.index(STAGES_K + at), count=1)
+        if SOFTCAP:
+            s = _tanh(s, inner)
         s = _masked(s, start * BN, least, most, LOGITS, BN, LEFT, RIGHT)
         p, _, m, total = _weights(s, m, total, factor, SUMS, dtype)
         behind = count - start
@@ -203,18 +215,18 @@ def _attend(
             for turn in range(start, whole_from - 1):
                 acc, p, m, total = _turn(
                     turn + behind, (turn + 1) * BN, queries, keys_of, values_of, spare, bars, acc, p, m, total, least,
-                    most, factor, LOGITS, SUMS, D, BN, True, LEFT, RIGHT, STAGES_K, STAGES_V,
+                    most, inner, factor, LOGITS, SUMS, D, BN, True, SOFTCAP, LEFT, RIGHT, STAGES_K, STAGES_V,
                 )  # fmt: skip
         for turn in range(gl.maximum(whole_from - 1, start), whole_to - 1):
             acc, p, m, total = _turn(
                 turn + behind, (turn + 1) * BN, queries, keys_of, values_of, spare, bars, acc, p, m, total, least, most,
-                factor, LOGITS, SUMS, D, BN, False, LEFT, RIGHT, STAGES_K, STAGES_V,
+                inner, factor, LOGITS, SUMS, D, BN, False, SOFTCAP, LEFT, RIGHT, STAGES_K, STAGES_V,
             )  # fmt: skip
         if RIGHT:
             for turn in range(gl.maximum(whole_to - 1, start), stop - 1):
                 acc, p, m, total = _turn(
                     turn + behind, (turn + 1) * BN, queries, keys_of, values_of, spare, bars, acc, p, m, total, least,
-                    most, factor, LOGITS, SUMS, D, BN, True, LEFT, RIGHT, STAGES_K, STAGES_V,
+                    most, inner, factor, LOGITS, SUMS, D, BN, True, SOFTCAP, LEFT, RIGHT, STAGES_K, STAGES_V,
                 )  # fmt: skip
         count += stop - start
         mbarrier.arrive(bars.index(OF_Q + 2 + tile % 2), count=1)
@@ -244,16 +256,18 @@ def _attend(
 
 @gluon.jit
 def plain(
-    q, k, v, N, H, I, J, P, low, high, factor, out, lse, top, inverse, exact,
+    q, k, v, N, H, I, J, P, low, high, inner, factor, out, lse, top, inverse, exact,
     GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, EACH: gl.constexpr,
     QB: gl.constexpr, QH: gl.constexpr, KB: gl.constexpr, KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr,
-    BNHD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
+    BNHD: gl.constexpr, SOFTCAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
 ):  # fmt: skip
     """out, lse and top, as `attention.forward` makes them (inverse and exact stay unwritten); J a multiple of BN.
 
     q, k, v: descriptors of (b, h or hk, I or J, D), which load a block of one head.
     QB, QH, KB, KH, VB, VH: 1, or 0 where all items or heads have the same.
     N: items times heads. EACH: heads of a program.
+    inner, factor: SOFTCAP: logits in base 2 are factor * tanh(q . k * inner); else factor * q . k.
     LEFT, RIGHT: key j is seen by query t where low <= j - t, and j - t <= high.
     """
     keys_of = gl.allocate_shared_memory(k.dtype, [STAGES_K, 1, 1, BN, D], k.layout)
@@ -275,12 +289,12 @@ def plain(
     gl.warp_specialize(
         [
             (_attend, (
-                gl.constexpr(0), queries_of, keys_of, values_of, spares, bars, N, H, I, J, P, low, high, factor,
-                out, lse, top, D, BN, EACH, BNHD, LEFT, RIGHT, STAGES_K, STAGES_V,
+                gl.constexpr(0), queries_of, keys_of, values_of, spares, bars, N, H, I, J, P, low, high, inner,
+                factor, out, lse, top, D, BN, EACH, BNHD, SOFTCAP, LEFT, RIGHT, STAGES_K, STAGES_V,
             )),
             (_attend, (
-                gl.constexpr(1), queries_of, keys_of, values_of, spares, bars, N, H, I, J, P, low, high, factor,
-                out, lse, top, D, BN, EACH, BNHD, LEFT, RIGHT, STAGES_K, STAGES_V,
+                gl.constexpr(1), queries_of, keys_of, values_of, spares, bars, N, H, I, J, P, low, high, inner,
+                factor, out, lse, top, D, BN, EACH, BNHD, SOFTCAP, LEFT, RIGHT, STAGES_K, STAGES_V,
             )),
             (_load, (
                 q, k, v, N, H, J, low, high, queries_of, keys_of, values_of, bars, GROUP, D, BN, EACH, QB, QH, KB, KH,
