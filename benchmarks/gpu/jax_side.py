@@ -337,6 +337,7 @@ def _compiled(key: str | None, function: Callable[..., Any], arguments: tuple) -
     found: Any = program.memory_analysis()
     memory = (found.temp_size_in_bytes, found.output_size_in_bytes)
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         beside = file.with_suffix(f".{os.getpid()}")
         beside.write_bytes(pickle.dumps((*serialize_executable.serialize(program), memory)))
         beside.replace(file)
