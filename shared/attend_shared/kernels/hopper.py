@@ -24,6 +24,7 @@ from attend_shared.kernels.visits import _blocks, _blocks_up, _clip
 LN2 = gl.constexpr(0.6931471805599453)
 NOTHING = gl.constexpr(float("-inf"))
 ROWS = gl.constexpr(64)  # of a group of warps
+HIGHEST = gl.constexpr(100.0)  # exponent of a weight under a softcap: so heavy, 4096 values of 30000 fit in float32
 
 
 def block_layout(block: tuple[int, ...], dtype: str = "bfloat16") -> gl.NVMMASharedLayout:
@@ -32,9 +33,7 @@ def block_layout(block: tuple[int, ...], dtype: str = "bfloat16") -> gl.NVMMASha
 
 
 @gluon.jit
-def _tile(
-    k, N, J, low, high, BN: gl.constexpr, EACH: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
-):
+def _tile(k, N, J, low, high, BN: gl.constexpr, EACH: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     """The k-th tile of a program: its item and head in one number, its first query, where the blocks of keys begin, are
     whole, end being whole, and end. One block at least, which is looked at.
 
@@ -115,9 +114,7 @@ def _tanh(s, inner):
 
 
 @gluon.jit
-def _masked(
-    s, begin, least, most, LOGITS: gl.constexpr, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr
-):
+def _masked(s, begin, least, most, LOGITS: gl.constexpr, BN: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):
     """Products, -inf where position says so.
 
     Of a key's place in its block, the bits by which the lanes of a warp differ are moved to the other side: what stays
@@ -133,15 +130,21 @@ def _masked(
 
 
 @gluon.jit
-def _weights(s, m, total, factor, SUMS: gl.constexpr, dtype: gl.constexpr):
-    """Products to weights, not yet over their total; what the sums so far shrink by; largest logit and total."""
-    new = gl.maximum(m, gl.max(s, 1) * factor)
-    shift = gl.where(new == NOTHING, 0.0, new)
+def _weights(s, m, total, factor, SOFTCAP: gl.constexpr, SUMS: gl.constexpr, dtype: gl.constexpr):
+    """Products to weights, not yet over their total; what the sums so far shrink by; largest logit and total.
+
+    SOFTCAP bounds logits, and so weights, whatever they are over: m stays as it is.
+    """
+    if SOFTCAP:
+        shift, shrink = m, gl.full_like(m, 1.0)
+    else:
+        before, m = m, gl.maximum(m, gl.max(s, 1) * factor)
+        shift = gl.where(m == NOTHING, 0.0, m)
+        shrink = gl.exp2(before - shift)
     p = gl.exp2(s * factor - shift[:, None])
-    shrink = gl.exp2(m - shift)
     total = total * shrink + gl.sum(p, 1)
     p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, SUMS, 2))
-    return p, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), new, total
+    return p, gl.convert_layout(shrink, gl.SliceLayout(1, SUMS)), m, total
 
 
 @gluon.jit
@@ -165,7 +168,7 @@ def _turn(
         s = _tanh(s, inner)
     if CUT:
         s = _masked(s, begin, least, most, LOGITS, BN, LEFT, RIGHT)
-    later, shrink, m, total = _weights(s, m, total, factor, SUMS, p.dtype)
+    later, shrink, m, total = _weights(s, m, total, factor, SOFTCAP, SUMS, p.dtype)
     # ptxas would wait for the sum of values before the exponentials; past a barrier with a store before it, it can't.
     spare.store(total)
     gl.thread_barrier()
@@ -209,7 +212,9 @@ def _attend(
         if SOFTCAP:
             s = _tanh(s, inner)
         s = _masked(s, start * BN, least, most, LOGITS, BN, LEFT, RIGHT)
-        p, _, m, total = _weights(s, m, total, factor, SUMS, dtype)
+        if SOFTCAP:  # so that the weight of a row's only key is 1
+            m = gl.maximum(gl.max(s, 1) * factor, factor - HIGHEST)
+        p, _, m, total = _weights(s, m, total, factor, SOFTCAP, SUMS, dtype)
         behind = count - start
         if LEFT:
             for turn in range(start, whole_from - 1):
