@@ -131,6 +131,30 @@ def test_where_an_array_lies_does_not_decide_which_kernel_it_gets(monkeypatch: p
         assert torch.equal(known["k"].as_strided(blocks.shape, blocks.strides).expand(view.shape), view)
 
 
+def test_a_bias_that_a_descriptor_cannot_load_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way back, as rows of q, k and v are: how it lies does not decide which kernel makes dk and dv."""
+    monkeypatch.setattr(triton, "capability", lambda: "9.0")
+    x = torch.zeros(1, 16, 1024, 64, dtype=torch.bfloat16)
+    rows = torch.randn(2, 1024, 1032).bfloat16()
+    bias = rows[:, None, :, :1024]
+    for view, copied in (
+        (bias, False), (bias[:1], False), (bias.transpose(2, 3), True), (rows[:, None, :, 1:1025], True),
+        (bias[:, :, :1].expand(-1, -1, 1024, -1), True),
+    ):  # fmt: skip
+        q = x.expand(len(view), -1, -1, -1)
+        call = call_of(q=q, k=q, v=q, bias=view)
+        arrays = canonical(call, Arrays(q, q, q, bias=view))
+        assert triton._prepare(call, arrays)[1]["bias"] is arrays.bias
+        plan, known = triton._prepare(call, arrays, back=True)
+        launches = [each.launch for each in plan.backward(q.stride()[:3], False, False, False)]
+        (launch,) = (each for each in launches if each.kernel == "long_key_gradients")
+        assert torch.equal(known["bias"], view)
+        assert (known["bias"].data_ptr() != view.data_ptr() or known["bias"].stride() != view.stride()) == copied
+        blocks = launch.blocks["bias"]
+        assert blocks.shape == (len(view), 1, 1024, 1024)
+        assert torch.equal(known["bias"].as_strided(blocks.shape, blocks.strides), view)
+
+
 @pytest.mark.parametrize(("at", "kernel"), [(0, "plain"), (1848, "plain"), (5, "forward")])
 def test_a_compiled_call_gets_the_same_kernel(at: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told a number where the eager call has a word for it."""
@@ -230,11 +254,16 @@ def test_shares_of_programs_are_alike(heads: int, length: int, high: int, togeth
     assert gluon_plan._neighbours(heads, blocks, length, high) == together
 
 
+def biases(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+
 def keys_launches(one_id: bool = True, **options: Any) -> tuple[Call, list[Launch]]:
     """A call, and what makes its dk and dv."""
     call = call_of(**MANY | options)
     x, at = (call.h * call.i * call.d, call.i * call.d, call.d), options.get("q_offset", 0)
-    plan = plans.plan(call, Layout(x, x, x, at=at, one_id=one_id, gluon=True))
+    bias = triton._strides(options.get("bias"))
+    plan = plans.plan(call, Layout(x, x, x, bias=bias, at=at, one_id=one_id, gluon=True))
     found = plan.backward(x, False, False, False)
     launches = [each for each in found if each.kernel.endswith("key_gradients")]
     of_segments = [len(launches) == 2] if call.segments else []
@@ -244,6 +273,9 @@ def keys_launches(one_id: bool = True, **options: Any) -> tuple[Call, list[Launc
 
 
 MANY = {name: torch.empty(2, 4, 2048, 128, dtype=torch.bfloat16, device="meta") for name in "qkv"}
+
+
+IDS = torch.empty(2, 4096, dtype=torch.int32, device="meta")
 
 
 MANY64 = {name: torch.empty(2, 4, 4096, 64, dtype=torch.bfloat16, device="meta") for name in "qkv"}
@@ -289,7 +321,17 @@ MANY64 = {name: torch.empty(2, 4, 4096, 64, dtype=torch.bfloat16, device="meta")
         ({"softcap": 3.0}, False),
         ({"dropout": 0.1, "dropout_seed": 1}, False),
         ({"mask": torch.empty(2, 2048, dtype=torch.bool, device="meta")}, False),
-        ({"bias": torch.empty(1, 4, 2048, 2048, device="meta")}, False),
+        ({"scale": -1.0, "is_causal": True}, False),  # what is cut would be +inf,
+        ({"scale": 0.0, "is_causal": True}, False),  # or NaN
+        ({"bias": biases(2, 4, 2048, 2048)}, False),  # of rows of 128
+        (MANY64 | {"bias": biases(2, 4, 4096, 4096)}, True),
+        (MANY64 | {"bias": biases(1, 4, 4096, 4096).half(), "is_causal": True, "scale": -1.0}, True),
+        (MANY64 | {"bias": biases(2, 1, 4096, 4096), "sinks": torch.empty(4, device="meta")}, True),
+        (MANY64 | {"bias": biases(2, 4, 4096, 4096).float()}, False),
+        (MANY64 | {"bias": biases(2, 4, 1, 4096)}, False),
+        ({name: x[:, :, :4092] for name, x in MANY64.items()} | {"bias": biases(2, 4, 4092, 4092)}, False),
+        (MANY64 | {"bias": biases(2, 4, 4096, 4096), "softcap": 3.0}, False),
+        (MANY64 | {"bias": biases(2, 4, 4096, 4096), "q_segment_ids": IDS}, False),
         ({"kv_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, False),
         ({"q_lengths": torch.empty(2, dtype=torch.int64, device="meta")}, False),
         ({"q_segment_ids": torch.empty(2, 2048, dtype=torch.int32, device="meta")}, False),  # 64 programs
@@ -299,7 +341,9 @@ def test_which_keys_have_a_kernel_of_compute_capability_9(options: dict[str, Any
     call, launches = keys_launches(**options)
     assert [each.kernel for each in launches] == ["long_key_gradients" if taken else "key_gradients"]
     x = (call.h * call.i * call.d, call.i * call.d, call.d)
-    elsewhere = plans.plan(call, Layout(x, x, x, at=options.get("q_offset", 0))).backward(x, False, False, False)
+    bias = triton._strides(options.get("bias"))
+    elsewhere = plans.plan(call, Layout(x, x, x, bias=bias, at=options.get("q_offset", 0)))
+    elsewhere = elsewhere.backward(x, False, False, False)
     assert "key_gradients" in [each.kernel for each in elsewhere]
 
 
@@ -313,8 +357,8 @@ def test_which_keys_have_a_kernel_of_compute_capability_9(options: dict[str, Any
         ({"is_causal": True}, False, False),
         ({"q_lengths": torch.empty(1, dtype=torch.int64, device="meta")}, True, False),
         ({"softcap": 3.0}, True, False),
-        ({"scale": -1.0}, True, True),  # dq by Triton's kernel
-        ({"is_causal": True, "lengths": 4100}, True, True),  # the same
+        ({"scale": -1.0}, True, False),  # what is cut would be +inf
+        ({"is_causal": True, "lengths": 4100}, True, True),  # dq by Triton's kernel
         ({"lengths": 3968}, True, True),
         ({"lengths": 2047}, True, False),
         ({"heads": 4}, True, True),
@@ -344,8 +388,14 @@ def test_dk_and_dv_of_segments_have_two_kernels_one_of_which_makes_them(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"is_causal": True, "q": MANY["q"].repeat(1, 2, 1, 1)}, MANY64 | {"window_size": (2047, 0)}, "documents"],
-    ids=["full", "causal, grouped heads", "rows of 64", "documents"],
+    [
+        {},
+        {"is_causal": True, "q": MANY["q"].repeat(1, 2, 1, 1)},
+        MANY64 | {"window_size": (2047, 0)},
+        "documents",
+        MANY64 | {"bias": biases(1, 4, 4096, 4096), "is_causal": True},
+    ],
+    ids=["full", "causal, grouped heads", "rows of 64", "documents", "bias"],
 )
 def test_the_kernel_of_keys_compiles_in_jax(options: Any, tmp_path: Path) -> None:
     """Two groups of warps that compute, and one that loads; and ptxas lets products run beside all else."""
@@ -357,10 +407,12 @@ def test_the_kernel_of_keys_compiles_in_jax(options: Any, tmp_path: Path) -> Non
     made = gluon.compiled(launch, [dtypes.get(name or "", call.dtype) for name in (*launch.inputs, "dk", "dv")])
     assert made.warps == 12
     assert made.shared <= 227 * 1024
-    assert made.boxes == (*((3, (1, 1, 64, 64)),) * 4, (0, (1, 64, 4)))
+    biased = "bias" in launch.inputs
+    assert made.boxes == (*((3, (1, 1, 64, 64)),) * 4, (0, (1, 64, 4)), *((3, (1, 1, 64, 64)),) * biased)
+    assert ("ldmatrix.sync.aligned.m8n8.x4.trans" in made.ptx) == biased  # keys are its rows in registers
     arguments = made.ptx.partition(".visible .entry long_key_gradients(")[2].partition(")")[0].count(".param")
     numbers = [x for x in launch.numbers if x != 1]
-    assert arguments == len(launch.inputs) + 4 * 8 + 6 + len(numbers) + len(launch.outputs) + 2
+    assert arguments == len(launch.inputs) + (4 + biased) * 8 + 6 + len(numbers) + len(launch.outputs) + 2
     tool = Path(language.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     (tmp_path / "x.ptx").write_text(made.ptx)
     command = [tool, "-v", "--gpu-name=sm_90a", tmp_path / "x.ptx", "-o", tmp_path / "x.cubin"]
@@ -468,7 +520,7 @@ def test_in_jax_the_second_of_two_kernels_has_what_the_first_made_in_place(monke
 
     text = jax.jit(gradients).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = (line for line in text.splitlines() if "triton_kernel_call" in line)
-    for output, operand in enumerate((8, 9)):
+    for output, operand in enumerate((9, 10)):
         alias = f"output_tuple_indices = [{output}], operand_index = {operand}, operand_tuple_indices = []"
         assert alias in call
     assert asked[0]["input_output_aliases"] == {}

@@ -288,8 +288,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _is_aligned(x: Tensor) -> bool:
     """Whether each row of x begins at a multiple of 16 bytes, in a place of its own."""
-    a, b, c, _ = x.stride()
-    return x.data_ptr() % 16 == 0 and (a | b | c) % 8 == 0 and c > 0
+    a, b, c, d = x.stride()
+    return x.data_ptr() % 16 == 0 and (a | b | c) % 8 == 0 and c > 0 and d == 1
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -332,8 +332,8 @@ def _plan(
 _SMALL = ("q_offset", "q_segment_ids", "kv_segment_ids", "q_lengths", "kv_lengths", "sinks", "dropout_seed")
 
 
-def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
-    """What the call launches, and its arrays by name."""
+def _prepare(call: Call, arrays: Arrays, back: bool = False) -> tuple[_Plan, dict[str, Tensor]]:
+    """What the call launches, and its arrays by name, as the way forward or the way back takes them."""
     q, k, v, mask, bias, at, q_ids, kv_ids, *_ = arrays
     of_q, of_k, of_v = q.stride(), k.stride(), v.stride()
     if not of_q[3] == of_k[3] == of_v[3] == 1:
@@ -350,8 +350,9 @@ def _prepare(call: Call, arrays: Arrays) -> tuple[_Plan, dict[str, Tensor]]:
     elif isinstance(at, Tensor):
         offset, at = at.ndim + 1, 0
     plan = _plan(call, of_q, of_k, of_v, _strides(mask), _strides(bias), offset, at, q_ids is kv_ids)
-    if plan.aligned and not all(map(_is_aligned, (q, k, v))):  # what is copied is
-        return _prepare(call, arrays._replace(q=_aligned(q), k=_aligned(k), v=_aligned(v)))
+    aligned = plan.aligned if back else plan.aligned[:3]
+    if not all(_is_aligned(known[name]) for name in aligned):  # what is copied is
+        return _prepare(call, arrays._replace(**{name: _aligned(known[name]) for name in aligned}), back)
     for name in plan.names:
         known[name] = getattr(arrays, name).contiguous()
     return plan, known
@@ -394,7 +395,7 @@ def _backward(
     wanted: Sequence[bool],
 ) -> tuple[Kernels, dict[str, Tensor]]:  # fmt: skip
     """What was launched, and its arrays by name."""
-    plan, known = _prepare(call, arrays)
+    plan, known = _prepare(call, arrays, True)
     for name, x in zip(SAVED, saved, strict=False):
         if x is not None and x.numel():
             known[name] = x

@@ -125,6 +125,8 @@ CANARIES = (
            ("kv_len >= 2048", "d == 128", "causal"), LONG128, options={**CAUSAL, "q_offset": 1848}),
     Canary("long rows of 128, window", "the same, its ends in the first and the last blocks",
            ("kv_len >= 2048", "d == 128", "window"), LONG128, options={"window_size": (600, 0), "q_offset": 1848}),
+    Canary("long rows of 128, softcap", "the same with weights over the first block's largest logit, not the row's",
+           ("kv_len >= 2048", "d == 128", "softcap"), LONG128, data="climbing", options={"softcap": 50.0}),
     Canary("long rows of 64", "the same with three groups of warps, which have other queries and see other keys",
            ("kv_len >= 2048, d == 64",), LONG64, repeat=True),
     Canary("long rows of 64, causal, sinks", "the same, the diagonal in the last blocks, and one more term at the end",
@@ -132,6 +134,10 @@ CANARIES = (
            arrays={"sinks": "sinks"}),
     Canary("many queries of 128", "the same on the way back, where keys go over queries, and programs over keys",
            ("q_len >= 1024", "d == 128"), MANY128, repeat=True),
+    Canary("many queries of 128, negative scale", "the same, and a fill before the scale",
+           ("q_len >= 1024", "d == 128", "scale <= 0", "causal"), MANY128, options={**CAUSAL, "scale": -0.3}),
+    Canary("many queries of 64, trained bias", "the same, and tiles of a bias that keys read by their side",
+           ("q_len >= 1024", "bias"), MANY128._replace(d=64, dv=64), options=CAUSAL, arrays={"bias": "normal"}),
     # Rows without a key.
     Canary("left padding", "causal with keys masked on the left: the first rows have no key, and the loss sees them",
            EMPTY, options=CAUSAL, arrays={"mask": "left"}, quick=True),
@@ -275,6 +281,8 @@ def _data(canary: Canary) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
             q, k = np.abs(q), k / 8 + 2 * places
         case "falling":
             q, k = np.abs(q), k / 8 - 2 * places
+        case "climbing":  # logits from about -0.8 * 6 * sqrt(d) to as much above 0
+            q, k = np.abs(q), k / 8 + 12 * places - 6
         case "activations":
             q, k, v = (_activations(x.shape, part) for part, x in enumerate((q, k, v)))
     return q, k, v

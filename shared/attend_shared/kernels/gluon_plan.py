@@ -269,9 +269,15 @@ def _neighbours(
 
 
 def takes_long_keys(call: Call, layout: Layout) -> bool:
-    """Whether `keys.long_key_gradients` makes dk and dv, faster: nothing but a window and sinks."""
-    bare = call._replace(segments=False)
+    """Whether `keys.long_key_gradients` makes dk and dv, faster: nothing but a window, sinks and, of rows of 64, a
+    bias.
+    """
+    bare = call._replace(segments=False, bias=None)
     if call.d not in LONG_KEYS_WIDE or not _is_bare(bare, layout, call.d):
+        return False
+    if call.bias is not None and (call.segments or not _is_whole_bias(call)):
+        return False
+    if call.bias is None and call.scale <= 0 and (call.positional or call.segments):  # what is cut would be +inf or NaN
         return False
     if call.segments and not _is_ordered(call, layout, call.hk):
         return False
@@ -282,6 +288,12 @@ def takes_long_keys(call: Call, layout: Layout) -> bool:
         seen //= 2
     few = call.b * call.hk * cdiv(call.j, LONG_KEYS.keys) < LONG_KEYS_TILES
     return not few and call.j >= LONG_KEYS.keys and seen >= least
+
+
+def _is_whole_bias(call: Call) -> bool:
+    """Whether a descriptor loads blocks of it: 16 bits for each query and key, of rows of 64."""
+    whole = call.bias is not None and call.bias[2:] == (call.i, call.j) and call.j % 8 == 0
+    return whole and call.bias_dtype in ("float16", "bfloat16") and call.d == 64
 
 
 def long_keys(call: Call, shared: Shared, dout: Strides) -> Launch:
@@ -297,19 +309,24 @@ def long_keys(call: Call, shared: Shared, dout: Strides) -> Launch:
         costs.append(2 + group * max(1, stop - start))  # to begin and to end is as much as two blocks
     programs, together = _rounds(call.hk, blocks) if call.segments else _shares(heads, costs)
     segments = "spans", "key_order", "runs", "dk", "dv"
+    of_bias, shape = shared.layout.bias or (0, 0, 0, 0), (call.b, call.h, call.i, call.j)
+    described = {} if call.bias is None else {"bias": _described(shape, of_bias, (size.queries, size.keys // 2))}
     return Launch(
         "long_key_gradients", (programs, 1, 1),
-        ("q", "k", "v", "dout", "known", *(segments if call.segments else (None,) * 5)),
+        ("q", "k", "v", "dout", "known", "bias" if call.bias else None,
+         *(segments if call.segments else (None,) * 5)),
         (heads, call.h, call.i, call.j, blocks, together, low, high, shared.factor, call.scale),
         (Output("dk", shared.shape(call.hk, call.j, call.d), call.dtype),
          Output("dv", shared.shape(call.hk, call.j, call.d), call.dtype)),
-        {"GROUP": group, "D": call.d, "STAGES": size.stages, **_several(Q=q, K=k, V=v, DO=dout),
-         "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None, "RUNS": call.segments},
+        {"GROUP": group, "D": call.d, "STAGES": size.stages, **_several(Q=q, K=k, V=v, DO=dout, B=of_bias),
+         "BNHD": shared.bnhd, "LEFT": call.left is not None, "RIGHT": call.right is not None, "RUNS": call.segments,
+         "BIAS": call.bias is not None, "SHARED": call.bias is not None and call.bias[0] < call.b},
         size.warps, 1, "keys",
         {"q": _blocks(call, q, call.h, call.i, size.queries), "k": _blocks(call, k, call.hk, call.j, size.keys // 2),
          "v": _blocks(call, v, call.hk, call.j, size.keys // 2),
          "dout": _blocks(call, dout, call.h, call.i, size.queries),
-         "known": Blocks((call.b * call.h, shared.rows, 4), (4 * shared.rows, 4, 1), (1, size.queries, 4))},
+         "known": Blocks((call.b * call.h, shared.rows, 4), (4 * shared.rows, 4, 1), (1, size.queries, 4)),
+         **described},
     )  # fmt: skip
 
 
@@ -337,7 +354,12 @@ def _shares(heads: int, costs: list[int]) -> tuple[int, int]:
 
 
 def _blocks(call: Call, strides: Strides, heads: int, length: int, block: int) -> Blocks:
-    """Rows as a descriptor has them: of items or heads that are one in memory one, for no stride may be 0."""
-    sizes = [1 if stride == 0 else size for size, stride in zip((call.b, heads), strides, strict=False)]
-    steps = [stride or call.d for stride in strides]
-    return Blocks((*sizes, length, call.d), (*steps, 1), (1, 1, block, call.d))
+    """Rows as a descriptor has them."""
+    return _described((call.b, heads, length, call.d), strides, (block, call.d))
+
+
+def _described(shape: tuple[int, ...], strides: Strides, block: tuple[int, int]) -> Blocks:
+    """Of items or heads that are one in memory one, for no stride may be 0."""
+    sizes = [1 if stride == 0 else size for size, stride in zip(shape[:2], strides, strict=False)]
+    steps = [stride or shape[3] for stride in strides[:3]]
+    return Blocks((*sizes, *shape[2:]), (*steps, 1), (1, 1, *block))

@@ -20,10 +20,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from attend_shared.kernels import launch
 from attend_shared.kernels.groups import ROWS, in_words, operand, tile_of, tiles_of
 from attend_shared.kernels.visits import _blocks, _blocks_up, _clip
 
 NOTHING = gl.constexpr(float("-inf"))
+LOG2E = gl.constexpr(launch.LOG2E)
 GROUPS = gl.constexpr(2)
 BM = gl.constexpr(64)  # queries of a block
 AHEAD = gl.constexpr(2)  # blocks of a tile's queries that are loaded before its keys, which wait for room
@@ -38,6 +40,15 @@ def _tile(order, k, N, blocks, together, RUNS: gl.constexpr):
         return at // blocks, at % blocks
     else:
         return tile_of(k, N, blocks, together)
+
+
+@gluon.jit
+def _item_and_head(n, N, HK, SHARED: gl.constexpr):
+    """Of the number of both. SHARED: items with one head are neighbours, so that the bias that they share is read from
+    memory once.
+    """
+    items = N // HK
+    return (n % items, n // items) if SHARED else (n // HK, n % HK)
 
 
 @gluon.jit
@@ -97,19 +108,21 @@ def _load_keys(
 
 @gluon.jit
 def _load(
-    q, k, v, dout, known, spans, order, runs, N, H, I, J, blocks, together, low, high, keys_of, values_of, queries_of,
-    outs_of, known_of, kv_loaded, kv_done, loaded, done, GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    QB: gl.constexpr, QH: gl.constexpr, KB: gl.constexpr, KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr,
-    DOB: gl.constexpr, DOH: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, RUNS: gl.constexpr,
+    q, k, v, dout, known, bias, spans, order, runs, N, H, I, J, blocks, together, low, high, keys_of, values_of,
+    queries_of, outs_of, known_of, biases_of, kv_loaded, kv_done, loaded, done, GROUP: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, QB: gl.constexpr, QH: gl.constexpr, KB: gl.constexpr, KH: gl.constexpr, VB: gl.constexpr,
+    VH: gl.constexpr, DOB: gl.constexpr, DOH: gl.constexpr, BB: gl.constexpr, BH: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, RUNS: gl.constexpr, BIAS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
-    """Of each tile block after block of queries, dout and what is known of their rows; behind the first, its keys and
-    values.
+    """Of each tile block after block of queries, dout, what is known of their rows, and their bias; behind the first,
+    its keys and values.
     """
     HK = H // GROUP
     count = 0
     for tile in range(_tiles(runs, blocks, N, RUNS)):
         n, block = _tile(order, tile, N, blocks, together, RUNS)
-        b, hk, first = n // HK, n % HK, block * (GROUPS * ROWS)
+        b, hk = _item_and_head(n, N, HK, SHARED)
+        first = block * (GROUPS * ROWS)
         start, stop = _loaded(_of_item(spans, b, J, RUNS), block, I, J, low, high, LEFT, RIGHT, RUNS)
         for member in range(GROUP):
             h = hk * GROUP + member
@@ -117,10 +130,14 @@ def _load(
                 at = count % STAGES
                 bar = loaded.index(at)
                 mbarrier.wait(done.index(at), (count // STAGES) & 1 ^ 1)
-                mbarrier.expect(bar, 2 * BM * D * 2 + BM * 16)
+                mbarrier.expect(bar, 2 * BM * D * 2 + BM * 16 + BIAS * GROUPS * ROWS * BM * 2)
                 tma.async_copy_global_to_shared(q, [b * QB, h * QH, turn * BM, 0], bar, queries_of.index(at))
                 tma.async_copy_global_to_shared(known, [b * H + h, turn * BM, 0], bar, known_of.index(at))
                 tma.async_copy_global_to_shared(dout, [b * DOB, h * DOH, turn * BM, 0], bar, outs_of.index(at))
+                if BIAS:
+                    for group in gl.static_range(GROUPS):
+                        place = [b * BB, h * BH, turn * BM, first + group * ROWS]
+                        tma.async_copy_global_to_shared(bias, place, bar, biases_of.index(at * GROUPS + group))
                 count += 1
                 if (member == 0) & (turn == gl.minimum(start + AHEAD, stop) - 1):
                     _load_keys(
@@ -154,7 +171,9 @@ def _masked(s, cut, begin, least, most, LOGITS: gl.constexpr, LEFT: gl.constexpr
 
 @gluon.jit
 def _of_rows(known, WHICH: gl.constexpr, LOGITS: gl.constexpr):
-    """top (0) or slope (1) of a block of queries: both at once would take registers that there are not."""
+    """top (0), slope (1) or the exponent of 1 / total (3) of a block of queries: more than one at once would take
+    registers that there are not.
+    """
     COLUMN: gl.constexpr = gl.DistributedLinearLayout(
         [[1, 0], [8, 0], [16, 0], [32, 0]], [[2, 0], [4, 0], [0, 0], [0, 0], [0, 0]], [[0, 0], [0, 0]], [], [BM, 1]
     )
@@ -178,9 +197,9 @@ def _products(rows, block, LOGITS: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def _turn(
-    count, begin, cut, keys, values, queries_of, outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor,
-    dtype: gl.constexpr, LOGITS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, FIRST: gl.constexpr,
+    WHICH: gl.constexpr, count, begin, cut, keys, values, queries_of, outs_of, known_of, biases_of, loaded, done, dk,
+    dv, ds, least, most, factor, dtype: gl.constexpr, LOGITS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, BIAS: gl.constexpr, FIRST: gl.constexpr,
 ):  # fmt: skip
     """dk of the block before (not FIRST), and all but dk of the block with this count, which begins at a query."""
     at, before = count % STAGES, (count + STAGES - 1) % STAGES
@@ -191,9 +210,15 @@ def _turn(
     dp = _products(values, outs_of.index(at), LOGITS, D)
     s = warpgroup_mma_wait(1 if FIRST else 2, deps=(s,))
     m = _of_rows(known_of.index(at), 0, LOGITS)
+    if BIAS:
+        its = biases_of.index(at * GROUPS + WHICH).reshape((BM, ROWS)).permute((1, 0))
+        s = s * factor + its.load(LOGITS).to(gl.float32)
     if LEFT or RIGHT:
         s = _masked(s, cut, begin, least, most, LOGITS, LEFT, RIGHT)
-    p = gl.exp2(s * factor - m[None, :])
+    if BIAS:  # m is apart: beside large biases 1 / total would drown
+        p = gl.exp2((s - m[None, :]) * LOG2E + _of_rows(known_of.index(at), 3, LOGITS)[None, :])
+    else:
+        p = gl.exp2(s * factor - m[None, :])
     weights = in_words(p, dtype, BM)
     dv = _summed(weights, outs_of.index(at), dv, dtype, D)
     if FIRST:
@@ -247,10 +272,10 @@ def _reach_of(spans, rows, J, low, high, LEFT: gl.constexpr, RIGHT: gl.constexpr
 
 @gluon.jit
 def _sum(
-    WHICH: gl.constexpr, keys_of, values_of, queries_of, outs_of, known_of, spares, kv_loaded, kv_done, loaded, done, N,
-    H, I, J, blocks, together, low, high, factor, scale, spans, order, runs, dk_of, dv_of, GROUP: gl.constexpr,
-    D: gl.constexpr, STAGES: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    RUNS: gl.constexpr,
+    WHICH: gl.constexpr, keys_of, values_of, queries_of, outs_of, known_of, biases_of, spares, kv_loaded, kv_done,
+    loaded, done, N, H, I, J, blocks, together, low, high, factor, scale, spans, order, runs, dk_of, dv_of,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, RUNS: gl.constexpr, BIAS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv of 64 keys of each tile."""
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
@@ -265,7 +290,8 @@ def _sum(
     count = 0  # of blocks so far
     for tile in range(_tiles(runs, blocks, N, RUNS)):
         n, block = _tile(order, tile, N, blocks, together, RUNS)
-        its = _of_item(spans, n // HK, J, RUNS)
+        b, hk = _item_and_head(n, N, HK, SHARED)
+        its = _of_item(spans, b, J, RUNS)
         start, stop = _loaded(its, block, I, J, low, high, LEFT, RIGHT, RUNS)
         if OWN:  # without what only the other group sees
             begin, whole_from, whole_to, end = _seen_by(
@@ -298,15 +324,15 @@ def _sum(
             ds = in_words(gl.zeros((ROWS, BM), gl.float32, LOGITS), dtype, BM)
             behind = count - start
             dk, dv, ds = _turn(
-                behind + begin, begin * BM, (begin < whole_from) | (begin >= whole_to), keys, values, queries_of,
-                outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES, BEHIND,
-                BEFORE, True,
+                WHICH, behind + begin, begin * BM, (begin < whole_from) | (begin >= whole_to), keys, values, queries_of,
+                outs_of, known_of, biases_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES,
+                BEHIND, BEFORE, BIAS, True,
             )  # fmt: skip
             for turn in range(begin + 1, end):
                 dk, dv, ds = _turn(
-                    behind + turn, turn * BM, (turn < whole_from) | (turn >= whole_to), keys, values, queries_of,
-                    outs_of, known_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D, STAGES,
-                    BEHIND, BEFORE, False,
+                    WHICH, behind + turn, turn * BM, (turn < whole_from) | (turn >= whole_to), keys, values, queries_of,
+                    outs_of, known_of, biases_of, loaded, done, dk, dv, ds, least, most, factor, dtype, LOGITS, D,
+                    STAGES, BEHIND, BEFORE, BIAS, False,
                 )  # fmt: skip
             if not ROOM and member == GROUP - 1:
                 mbarrier.arrive(kv_done.index(0), count=1)
@@ -323,9 +349,9 @@ def _sum(
             dv = gl.where(seen, dv, 0.0)
         places = first + gl.arange(0, ROWS, gl.SliceLayout(1, PIECES))
         if BNHD:
-            starts = (((n // HK).to(gl.int64) * J + places) * HK + n % HK) * D
+            starts = ((b.to(gl.int64) * J + places) * HK + hk) * D
         else:
-            starts = (n.to(gl.int64) * J + places) * D
+            starts = ((b * HK + hk).to(gl.int64) * J + places) * D
         here, spare = (places < J)[:, None], spares.index(WHICH)
         _put_rows(dv.to(dtype), dv_of + starts, here, spare, D, PIECES)
         _put_rows((dk * scale).to(dtype), dk_of + starts, here, spare, D, PIECES)
@@ -333,20 +359,22 @@ def _sum(
 
 @gluon.jit
 def long_key_gradients(
-    q, k, v, dout, known, spans, order, runs, old_dk, old_dv, N, H, I, J, blocks, together, low, high, factor, scale,
-    dk, dv,
+    q, k, v, dout, known, bias, spans, order, runs, old_dk, old_dv, N, H, I, J, blocks, together, low, high, factor,
+    scale, dk, dv,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, QB: gl.constexpr, QH: gl.constexpr, KB: gl.constexpr,
-    KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr, DOB: gl.constexpr, DOH: gl.constexpr, BNHD: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, RUNS: gl.constexpr,
+    KH: gl.constexpr, VB: gl.constexpr, VH: gl.constexpr, DOB: gl.constexpr, DOH: gl.constexpr, BB: gl.constexpr,
+    BH: gl.constexpr, BNHD: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, RUNS: gl.constexpr,
+    BIAS: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
     """dk and dv, as `gradients.key_gradients` makes them.
 
     q, k, v, dout: descriptors of (b, h or hk, I or J, D), which load 64 rows of a head; known: of (b h, P, 4).
+    bias: BIAS: a descriptor of (b, h, I, J), which loads 64 queries of 64 keys. SHARED: all items have the same.
     spans, order, runs: what `find_runs` and `order_tiles` say (RUNS) of segments; where these are no runs nothing is
     written, and dk and dv stay what they are: the memory of old_dk and old_dv.
     N: items times heads of keys. blocks: of keys, in J. together: of how many heads the first keys come first.
     low, high: key j is seen by query t where low <= j - t (LEFT), and j - t <= high (RIGHT).
-    QB, QH, KB, KH, VB, VH, DOB, DOH: 1, or 0 where all items or heads have the same.
+    QB, QH, KB, KH, VB, VH, DOB, DOH, BB, BH: 1, or 0 where all items or heads have the same.
     """
     dtype: gl.constexpr = q.dtype
     keys_of = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], k.layout)
@@ -354,6 +382,9 @@ def long_key_gradients(
     queries_of = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], q.layout)
     outs_of = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], dout.layout)
     known_of = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM, 4], known.layout)
+    biases_of = known_of
+    if BIAS:
+        biases_of = gl.allocate_shared_memory(bias.dtype, [STAGES * GROUPS, 1, 1, BM, ROWS], bias.layout)
     spares = gl.allocate_shared_memory(dtype, [GROUPS, ROWS, PIECE], gl.NVMMASharedLayout(128, 16, 2))
     # each an allocation of its own, as in `narrow`
     kv_loaded = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -368,19 +399,19 @@ def long_key_gradients(
     gl.warp_specialize(
         [
             (_sum, (
-                gl.constexpr(0), keys_of, values_of, queries_of, outs_of, known_of, spares, kv_loaded, kv_done, loaded,
-                done, N, H, I, J, blocks, together, low, high, factor, scale, spans, order, runs, dk, dv, GROUP, D,
-                STAGES, BNHD, LEFT, RIGHT, RUNS,
+                gl.constexpr(0), keys_of, values_of, queries_of, outs_of, known_of, biases_of, spares, kv_loaded,
+                kv_done, loaded, done, N, H, I, J, blocks, together, low, high, factor, scale, spans, order, runs, dk,
+                dv, GROUP, D, STAGES, BNHD, LEFT, RIGHT, RUNS, BIAS, SHARED,
             )),
             (_sum, (
-                gl.constexpr(1), keys_of, values_of, queries_of, outs_of, known_of, spares, kv_loaded, kv_done, loaded,
-                done, N, H, I, J, blocks, together, low, high, factor, scale, spans, order, runs, dk, dv, GROUP, D,
-                STAGES, BNHD, LEFT, RIGHT, RUNS,
+                gl.constexpr(1), keys_of, values_of, queries_of, outs_of, known_of, biases_of, spares, kv_loaded,
+                kv_done, loaded, done, N, H, I, J, blocks, together, low, high, factor, scale, spans, order, runs, dk,
+                dv, GROUP, D, STAGES, BNHD, LEFT, RIGHT, RUNS, BIAS, SHARED,
             )),
             (_load, (
-                q, k, v, dout, known, spans, order, runs, N, H, I, J, blocks, together, low, high, keys_of, values_of,
-                queries_of, outs_of, known_of, kv_loaded, kv_done, loaded, done, GROUP, D, STAGES, QB, QH, KB, KH, VB,
-                VH, DOB, DOH, LEFT, RIGHT, RUNS,
+                q, k, v, dout, known, bias, spans, order, runs, N, H, I, J, blocks, together, low, high, keys_of,
+                values_of, queries_of, outs_of, known_of, biases_of, kv_loaded, kv_done, loaded, done, GROUP, D, STAGES,
+                QB, QH, KB, KH, VB, VH, DOB, DOH, BB, BH, LEFT, RIGHT, RUNS, BIAS, SHARED,
             )),
         ],
         [4, 1], [240, 24],

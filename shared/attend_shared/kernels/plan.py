@@ -134,14 +134,15 @@ class Plan(NamedTuple):
         backward: takes all those, "dout" and "dlse", and gives "dq", "dk", "dv", and "dbias" and "dsinks" where asked
             for; a function of the strides of dout, and of whether dbias is wanted, whether there is a dlse, and whether
             it is given the bounds.
-        aligned: whether rows of q, k and v, and on the way back those of dout, must begin at multiples of 16 bytes.
+        aligned: arrays of which rows must begin at multiples of 16 bytes: q, k and v, and on the way back dout and,
+            where it is named, the bias.
     """
 
     forward: tuple[Launch, ...]
     alone: tuple[Launch, ...]
     bounds: tuple[str, ...]
     backward: Callable[[Strides, bool, bool, bool], tuple[Launch, ...]]
-    aligned: bool = False
+    aligned: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=4096)
@@ -211,8 +212,9 @@ def plan(call: Call, layout: Layout) -> Plan:
         return *found, *_backward(call, layout, ahead, shared, dout, wants_bias, has_dlse)
 
     made = {output.name for launch in launches for output in launch.outputs}
-    aligned = any(launch.gluon for launch in launches)
-    aligned = aligned or gluon_plan.takes_long_queries(call, layout) or gluon_plan.takes_long_keys(call, layout)
+    long_keys = gluon_plan.takes_long_keys(call, layout)
+    gluon = long_keys or gluon_plan.takes_long_queries(call, layout) or any(launch.gluon for launch in launches)
+    aligned = (("q", "k", "v") if gluon else ()) + (("bias",) if long_keys and call.bias else ())
     forward = tuple(launches)
     return Plan(forward, alone or forward, tuple(name for name in bounds if name in made), backward, aligned)
 
