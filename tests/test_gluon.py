@@ -321,6 +321,7 @@ MANY64 = {name: torch.empty(2, 4, 4096, 64, dtype=torch.bfloat16, device="meta")
         ({"softcap": 3.0}, False),
         ({"dropout": 0.1, "dropout_seed": 1}, False),
         ({"mask": torch.empty(2, 2048, dtype=torch.bool, device="meta")}, False),
+        ({"bias": torch.empty(1, 4, 2048, 2048, device="meta")}, False),
         ({"scale": -1.0, "is_causal": True}, False),  # what is cut would be +inf,
         ({"scale": 0.0, "is_causal": True}, False),  # or NaN
         ({"bias": biases(2, 4, 2048, 2048)}, False),  # of rows of 128

@@ -270,14 +270,16 @@ def _neighbours(
 
 def takes_long_keys(call: Call, layout: Layout) -> bool:
     """Whether `keys.long_key_gradients` makes dk and dv, faster: nothing but a window, sinks and, of rows of 64, a
-    bias.
+    bias of 16 bits for each query and key.
     """
     bare = call._replace(segments=False, bias=None)
     if call.d not in LONG_KEYS_WIDE or not _is_bare(bare, layout, call.d):
         return False
-    if call.bias is not None and (call.segments or not _is_whole_bias(call)):
-        return False
-    if call.bias is None and call.scale <= 0 and (call.positional or call.segments):  # what is cut would be +inf or NaN
+    if call.bias is not None:  # which a descriptor is to load
+        whole = call.bias[2:] == (call.i, call.j) and call.bias_dtype in ("float16", "bfloat16")
+        if call.d != 64 or call.segments or call.j % 8 or not whole:
+            return False
+    elif call.scale <= 0 and (call.positional or call.segments):  # what is cut would be +inf or NaN
         return False
     if call.segments and not _is_ordered(call, layout, call.hk):
         return False
@@ -288,12 +290,6 @@ def takes_long_keys(call: Call, layout: Layout) -> bool:
         seen //= 2
     few = call.b * call.hk * cdiv(call.j, LONG_KEYS.keys) < LONG_KEYS_TILES
     return not few and call.j >= LONG_KEYS.keys and seen >= least
-
-
-def _is_whole_bias(call: Call) -> bool:
-    """Whether a descriptor loads blocks of it: 16 bits for each query and key, of rows of 64."""
-    whole = call.bias is not None and call.bias[2:] == (call.i, call.j) and call.j % 8 == 0
-    return whole and call.bias_dtype in ("float16", "bfloat16") and call.d == 64
 
 
 def long_keys(call: Call, shared: Shared, dout: Strides) -> Launch:
